@@ -1,0 +1,1 @@
+//! This crate knows how to drive steps and stream results. It must never know text or other workers.

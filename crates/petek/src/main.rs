@@ -1,0 +1,3 @@
+//! The petek command.
+
+fn main() {}

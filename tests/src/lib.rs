@@ -1,0 +1,1 @@
+//! The harness of the tests and the programs that make their models.
