@@ -1,0 +1,226 @@
+//! The invariance promise, bit for bit: every drawn token's id, logprob, rank, top list and the hash of its whole row of
+//! logits are those of the request alone, whatever it was batched with, chunked, shared, preempted or split over.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use petek_core::plan::SlotSampling;
+use petek_device::collective::Threads;
+use petek_device::cpu::isa::Isa;
+use petek_device::cpu::pool::PoolOptions;
+use petek_device::cpu::simd::{Simd, SimdOptions};
+use petek_device::ops::{Format, StepCapacity};
+use petek_model::LoadError;
+use petek_model::decoder::{Decoder, DecoderOptions};
+use petek_model::folder::ModelFolder;
+use petek_model::group::RankGroup;
+use petek_model::rank::{LogitsHash, Rank, Sampler};
+use petek_model::shard::Shard;
+use petek_tests::llama::LlamaShape;
+use petek_tests::mixes::{Batch, DrawnBits, Mix, MixRequest, Prefix, SLOTS, run};
+use petek_tests::random::Random;
+use petek_tests::random_model::RandomModel;
+use safetensors::tensor::Dtype;
+
+/// How a group computes: what may differ between two workers of one numerics id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Machine {
+    ranks: usize,
+    threads: usize,
+    isa: Isa,
+}
+
+const PLAIN: Mix = Mix {
+    seed: 0,
+    batch: Batch::Alone,
+    chunk_max: usize::MAX,
+    prefix: Prefix::Cold,
+    preempt_percent: 0,
+    block_tokens: 32,
+};
+const POOL_TOKENS: usize = 4096;
+const CONTEXT: usize = 448;
+const MIXES: u64 = 300;
+const EACH_VALUE: usize = 30;
+
+/// 8 query heads, 2 kv heads: 8 slices of `o` and of `down`, so that 1, 2, 4 and 8 ranks are one numerics id.
+fn shape() -> LlamaShape {
+    LlamaShape {
+        layers: 2,
+        hidden: 64,
+        intermediate: 256,
+        heads: 8,
+        kv_heads: 2,
+        head_dim: 16,
+        vocab: 304,
+        tied: false,
+        context: CONTEXT,
+        rope_theta: 10_000.0,
+        rope_scaling: None,
+        norm_eps: 1e-5,
+    }
+}
+
+fn folder(dtype: Dtype) -> Arc<ModelFolder> {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    RandomModel { shape: shape(), dtype, seed: 11 }.write(dir.path()).expect("written");
+    // The weights stay mapped after the folder is gone.
+    Arc::new(ModelFolder::open(dir.path()).expect("opened"))
+}
+
+fn group(folder: &Arc<ModelFolder>, machine: Machine, block_tokens: usize) -> RankGroup {
+    let folder = folder.clone();
+    let build = move |rank, collective| -> Result<Rank, LoadError> {
+        let format = folder.weights.format();
+        let shard = Shard::plan(&folder.config, machine.ranks)?.remove(rank);
+        let threads_beside = (machine.ranks - 1) * machine.threads;
+        let pool = PoolOptions { threads: machine.threads, threads_beside, cores: Vec::new() };
+        let ops = Simd::new(SimdOptions { pool, isa: Some(machine.isa) }, format, collective)?;
+        let options = DecoderOptions { format, context: CONTEXT, vocabulary_drawn: 257 };
+        let decoder = Decoder::load(Box::new(ops), &folder.config, shard, &folder.weights, options)?;
+        let capacity = StepCapacity {
+            rows: 1024,
+            spans: SLOTS,
+            picks: SLOTS,
+            blocks_per_span: CONTEXT.div_ceil(block_tokens),
+        };
+        let sampler = if rank == 0 { Sampler::Here } else { Sampler::Elsewhere };
+        Ok(Rank::new(
+            decoder,
+            SLOTS,
+            block_tokens,
+            POOL_TOKENS / block_tokens,
+            capacity,
+            sampler,
+            LogitsHash::On,
+        )?)
+    };
+    RankGroup::start::<LoadError>(Threads::group(machine.ranks, machine.threads), Arc::new(build))
+        .expect("started")
+}
+
+/// Seven requests at temperature 1.5, some with a common beginning, one beyond a segment of 256.
+fn requests() -> Vec<MixRequest> {
+    let mut random = Random::new(5);
+    let mut ids = |count: usize| -> Vec<u32> { (0..count).map(|_| random.below(256) as u32).collect() };
+    let common = ids(80);
+    let mut prompts = vec![ids(1), ids(33), ids(300)];
+    for own in [0, 7, 20, 64] {
+        prompts.push([common.clone(), ids(own)].concat());
+    }
+    let sampling = |index: usize| SlotSampling {
+        temperature: 1.5,
+        top_k: if index % 3 == 1 { std::num::NonZeroU32::new(40) } else { None },
+        top_p: if index % 3 == 2 { 0.9 } else { 1.0 },
+        min_p: if index == 4 { 0.02 } else { 0.0 },
+        seed: 1000 + index as u64,
+        logprobs: Some(3),
+        min_tokens: 3,
+        masked_ids: [7, 256].into(),
+    };
+    let request =
+        |(index, prompt)| MixRequest { prompt, tokens: 6 + index, sampling: Arc::new(sampling(index)) };
+    prompts.into_iter().enumerate().map(request).collect()
+}
+
+fn alone(folder: &Arc<ModelFolder>, isa: Isa) -> Vec<Vec<DrawnBits>> {
+    let machine = Machine { ranks: 1, threads: 1, isa };
+    run(&mut group(folder, machine, 32), POOL_TOKENS / 32, &requests(), PLAIN).expect("ran")
+}
+
+fn hash_of(drawn: &[Vec<DrawnBits>]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    drawn.iter().flatten().for_each(|token| {
+        hasher.update(&token.logits);
+    });
+    hasher.finalize().to_hex()[..32].to_owned()
+}
+
+/// The pinned hashes of all drawn rows of logits: a change of tuning must keep them, a change of numerics must not come
+/// unnoticed.
+#[test]
+fn the_logits_are_the_pinned_ones() {
+    let best = Isa::detect().expect("a processor that petek runs on");
+    let have = [("f32", Dtype::F32), ("bf16", Dtype::BF16), ("f16", Dtype::F16)]
+        .map(|(name, dtype)| (name, hash_of(&alone(&folder(dtype), best))));
+    assert_eq!(have.map(|(name, hash)| format!("{name} {hash}")), PINNED);
+}
+
+const PINNED: [&str; 3] = [
+    "f32 1ed95cc3bf23c5fee38150eac9572069",
+    "bf16 265be910c9bd6877823c4cf2d8b7d1fd",
+    "f16 ba41d50a9e952cc62c263b8e0ec7bd9f",
+];
+
+/// At least 300 seeded mixes over the product of all axes, each value at least 30 times.
+#[test]
+fn whatever_happens_around_a_request_its_bits_stay() {
+    let isas: Vec<Isa> = Isa::ALL.into_iter().filter(|isa| isa.available()).collect();
+    let best = *isas.last().expect("a processor that petek runs on");
+    let requests = requests();
+    let folders = [folder(Dtype::F32), folder(Dtype::BF16)];
+    let expected = [0, 1].map(|index| alone(&folders[index], best));
+    let distinct: std::collections::BTreeSet<_> =
+        expected.iter().flatten().flatten().map(|t| t.logits).collect();
+    assert!(distinct.len() > 100, "rows of logits differ from each other, so equality says something");
+    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+    for seed in 0..MIXES {
+        let mut random = Random::new(0x5eed + seed);
+        let which = random.below(2);
+        let machine = Machine {
+            ranks: *random.pick(&[1, 2, 4, 8]),
+            threads: *random.pick(&[1, 2]),
+            isa: *random.pick(&isas),
+        };
+        let mix = Mix {
+            seed,
+            batch: *random.pick(&[Batch::Alone, Batch::Mixed, Batch::Mixed]),
+            chunk_max: *random.pick(&[usize::MAX, 3, 16, 100]),
+            prefix: *random.pick(&[Prefix::Cold, Prefix::Shared]),
+            preempt_percent: *random.pick(&[0, 20]),
+            block_tokens: *random.pick(&[16, 32, 64]),
+        };
+        for value in [
+            format!("{:?}", folders[which].weights.format()),
+            format!("{} ranks", machine.ranks),
+            format!("{} threads", machine.threads),
+            format!("{}", machine.isa),
+            format!("{:?}", mix.batch),
+            format!("chunks of {}", mix.chunk_max),
+            format!("{:?}", mix.prefix),
+            format!("preempting {}", mix.preempt_percent),
+            format!("blocks of {}", mix.block_tokens),
+        ] {
+            *seen.entry(value).or_default() += 1;
+        }
+        eprintln!("seed {seed}: {machine:?}, {mix:?}");
+        // A few requests of each mix, so that 300 mixes fit the test's time; all of them in turn.
+        let chosen: Vec<usize> = (0..requests.len()).filter(|_| random.percent(60)).collect();
+        let some: Vec<MixRequest> = chosen.iter().map(|index| requests[*index].clone()).collect();
+        let mut group = group(&folders[which], machine, mix.block_tokens);
+        let drawn = run(&mut group, POOL_TOKENS / mix.block_tokens, &some, mix).expect("ran");
+        for (index, drawn) in chosen.iter().zip(&drawn) {
+            let expected = &expected[which][*index];
+            if let Some(at) = (0..expected.len()).find(|at| drawn.get(*at) != Some(&expected[*at])) {
+                panic!(
+                    "seed {seed}, {machine:?}, {mix:?}: request {index} differs at token {at}: {:?}, alone {:?}",
+                    drawn.get(at),
+                    expected[at]
+                );
+            }
+        }
+    }
+    for (value, times) in &seen {
+        assert!(*times >= EACH_VALUE, "{value} stood in {times} mixes only");
+    }
+    assert_eq!(seen.len(), 2 + 4 + 2 + isas.len() + 2 + 4 + 2 + 2 + 3, "every value of every axis: {seen:?}");
+}
+
+/// The formats compute different numbers: the promise holds within one, and the test above would see a mix-up.
+#[test]
+fn formats_differ() {
+    let best = Isa::detect().expect("a processor that petek runs on");
+    let [a, b] = [Dtype::F32, Dtype::BF16].map(|dtype| folder(dtype).weights.format());
+    assert_eq!((a, b), (Format::F32, Format::Bf16));
+    assert_ne!(hash_of(&alone(&folder(Dtype::F32), best)), hash_of(&alone(&folder(Dtype::BF16), best)));
+}
