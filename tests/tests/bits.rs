@@ -104,7 +104,7 @@ fn requests() -> Vec<MixRequest> {
     let mut random = Random::new(5);
     let mut ids = |count: usize| -> Vec<u32> { (0..count).map(|_| random.below(256) as u32).collect() };
     let common = ids(80);
-    let mut prompts = vec![ids(1), ids(33), ids(300)];
+    let mut prompts = vec![ids(1), ids(33), ids(264)];
     for own in [0, 7, 20, 64] {
         prompts.push([common.clone(), ids(own)].concat());
     }
@@ -119,7 +119,7 @@ fn requests() -> Vec<MixRequest> {
         masked_ids: [7, 256].into(),
     };
     let request =
-        |(index, prompt)| MixRequest { prompt, tokens: 6 + index, sampling: Arc::new(sampling(index)) };
+        |(index, prompt)| MixRequest { prompt, tokens: 4 + index % 3, sampling: Arc::new(sampling(index)) };
     prompts.into_iter().enumerate().map(request).collect()
 }
 
@@ -175,7 +175,7 @@ fn whatever_happens_around_a_request_its_bits_stay() {
         let mix = Mix {
             seed,
             batch: *random.pick(&[Batch::Alone, Batch::Mixed, Batch::Mixed]),
-            chunk_max: *random.pick(&[usize::MAX, 3, 16, 100]),
+            chunk_max: *random.pick(&[usize::MAX, 7, 33, 100]),
             prefix: *random.pick(&[Prefix::Cold, Prefix::Shared]),
             preempt_percent: *random.pick(&[0, 20]),
             block_tokens: *random.pick(&[16, 32, 64]),

@@ -16,5 +16,9 @@ pub mod hash;
 
 pub mod plan;
 
+pub mod pool;
+
+pub mod scheduler;
+
 #[cfg(test)]
 mod vectors;

@@ -23,7 +23,8 @@ pub struct StepPlan {
     pub fills: Vec<SlotFill>,
     /// Blocks whose bytes are set to zero before anything is copied or computed: they held what came of a NaN.
     pub zeroes: Vec<BlockId>,
-    /// Blocks copied whole before any span is computed (a prompt's last, partial block shared by n sequences).
+    /// Blocks copied whole before any span is computed (a prompt's last, partial block shared by n sequences). None
+    /// reads what another of the same plan writes, or what the plan zeroes, so they can be done all at once.
     pub copies: Vec<BlockCopy>,
     /// Each sequence's share of the pass; a slot stands in at most one span.
     pub spans: Vec<Span>,
