@@ -9,7 +9,14 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub struct MappedFile {
     path: Arc<Path>,
-    map: Arc<memmap2::Mmap>,
+    bytes: Bytes,
+}
+
+#[derive(Clone, Debug)]
+enum Bytes {
+    Mapped(Arc<memmap2::Mmap>),
+    /// Embedded in the binary, which is mapped as it is.
+    Embedded(&'static [u8]),
 }
 
 impl MappedFile {
@@ -30,12 +37,20 @@ impl MappedFile {
         // against the mapped length, not re-read from the file) or, if truncated, the process gets SIGBUS. Model files are
         // replaced, not edited in place: docs/operations says so, and a loader drops its maps once weights are packed.
         let map = unsafe { memmap2::MmapOptions::new().map_copy_read_only(&file) }.map_err(in_path)?;
-        Ok(Self { path: path.into(), map: Arc::new(map) })
+        Ok(Self { path: path.into(), bytes: Bytes::Mapped(Arc::new(map)) })
+    }
+
+    /// A file that the binary carries in itself; `name` stands for its path.
+    pub fn embedded(name: &str, bytes: &'static [u8]) -> Self {
+        Self { path: Path::new(name).into(), bytes: Bytes::Embedded(bytes) }
     }
 
     /// The bytes.
     pub fn bytes(&self) -> &[u8] {
-        &self.map
+        match &self.bytes {
+            Bytes::Mapped(map) => map,
+            Bytes::Embedded(bytes) => bytes,
+        }
     }
 
     /// Where it came from.
@@ -45,8 +60,10 @@ impl MappedFile {
 
     /// Tells the system that the file is about to be read from front to back. A hint: failure is no error.
     pub fn will_read(&self) {
-        let _ = self.map.advise(memmap2::Advice::Sequential);
-        let _ = self.map.advise(memmap2::Advice::WillNeed);
+        if let Bytes::Mapped(map) = &self.bytes {
+            let _ = map.advise(memmap2::Advice::Sequential);
+            let _ = map.advise(memmap2::Advice::WillNeed);
+        }
     }
 }
 

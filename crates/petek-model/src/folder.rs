@@ -75,10 +75,26 @@ impl ModelFolder {
             tokenizer_config: text(&root, "tokenizer_config.json")?,
             chat_template: text(&root, "chat_template.jinja")?,
         };
+        Self::of(root.clone(), texts, |config| open_weights(&root, config))
+    }
+
+    /// A model that the binary carries in itself: `name` stands for its folder, `weights` is its one safetensors file.
+    ///
+    /// *Errors*: as [`ModelFolder::open`].
+    pub fn embedded(name: &str, texts: Texts, weights: &'static [u8]) -> Result<Self, LoadError> {
+        let file = MappedFile::embedded(SINGLE, weights);
+        Self::of(PathBuf::from(name), texts, |config| Weights::new(vec![file], None, config))
+    }
+
+    fn of(
+        root: PathBuf,
+        texts: Texts,
+        open: impl FnOnce(&DecoderConfig) -> Result<(Weights, Vec<Warning>), LoadError>,
+    ) -> Result<Self, LoadError> {
         let config = DecoderConfig::parse(&texts.config)?;
         let (generation, mut warnings) =
             GenerationDefaults::parse(texts.generation.as_deref(), config.vocabulary)?;
-        let (weights, more) = open_weights(&root, &config)?;
+        let (weights, more) = open(&config)?;
         warnings.extend(more);
         let revision = revision(&texts, &weights);
         Ok(Self { root, config, generation, texts, weights, revision, warnings })

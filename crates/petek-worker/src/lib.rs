@@ -2,6 +2,8 @@
 
 pub mod runner;
 
+pub mod ranks;
+
 pub mod fake;
 
 #[cfg(test)]

@@ -32,9 +32,9 @@ use petek_text::{
 pub(crate) struct Complete {
     /// The text to continue.
     prompt: String,
-    /// The model: a Hugging Face folder of the Llama family.
+    /// The model: a Hugging Face folder of the Llama family; by default the little demo model inside this binary.
     #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    model: Option<PathBuf>,
     /// Most tokens to add.
     #[arg(long, default_value_t = 64)]
     max_tokens: u32,
@@ -75,7 +75,11 @@ impl Complete {
     /// Loads, continues, prints.
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let configuration = |what: String| Failure::new(Exit::Configuration, what, "");
-        let folder = ModelFolder::open(&self.model).map_err(|e| configuration(e.to_string()))?;
+        let folder = match &self.model {
+            Some(dir) => ModelFolder::open(dir),
+            None => crate::demo::folder(),
+        };
+        let folder = folder.map_err(|e| configuration(e.to_string()))?;
         for warning in &folder.warnings {
             crate::print_warning(&warning.0);
         }

@@ -2,6 +2,7 @@
 
 mod bench_step;
 mod complete;
+mod demo;
 
 use std::io::Write;
 use std::process::ExitCode;
