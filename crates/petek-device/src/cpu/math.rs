@@ -1,5 +1,5 @@
 //! The open expressions of the numerics `n1` outside matmuls, each once: what is rounded where, in which order sums run.
-//! Every function is written over [`Lanes`] and gives the same bits on every level.
+//! Every function is written over `Lanes` and gives the same bits on every level.
 //!
 //! | what | expression |
 //! |---|---|

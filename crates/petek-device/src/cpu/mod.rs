@@ -1,4 +1,4 @@
-//! Executors on the CPU: the [`reference`], plainly right, and [`simd`], which serves.
+//! Executors on the CPU: the [`mod@reference`], plainly right, and [`simd`], which serves.
 //!
 //! `simd` stands on, from the top: [`matmul`], [`attention`] and [`sample`]; the weights they read ([`pack`]) and the cache
 //! ([`kv`]); the expressions and sums of the numerics ([`math`]); threads ([`pool`]), instructions ([`isa`]), [`memory`].
