@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use petek_core::ids::{BlockId, SlotId, StepNumber, TokenId};
-use petek_core::plan::{Draw, SlotFill, SlotSampling, Span, SpanInput, SpanSample, StepOutcome, StepPlan};
+use petek_core::plan::{Draw, SlotFill, SlotSampling, Span, SpanInput, SpanSample, StepPlan};
 use petek_model::group::RankGroup;
 
 use crate::random::Random;
@@ -95,7 +95,6 @@ struct Engine<'a> {
     free_slots: Vec<SlotId>,
     /// Block-aligned prefixes that are computed, with the block that ends each.
     known: Vec<(Vec<TokenId>, BlockId)>,
-    before: Option<(StepPlan, StepOutcome)>,
     step: u64,
     drawn: Vec<Vec<DrawnBits>>,
 }
@@ -120,7 +119,6 @@ pub fn run(
         references: vec![0; blocks],
         free_slots: (0..SLOTS as u32).map(SlotId).collect(),
         known: Vec::new(),
-        before: None,
         step: 0,
         drawn: vec![Vec::new(); requests.len()],
     };
@@ -169,8 +167,7 @@ impl Engine<'_> {
                 plan.spans.push(self.span(sequence));
                 of_span.push(index);
             }
-            let before = self.before.as_ref().map(|(plan, outcome)| (plan, outcome));
-            let outcome = self.group.step(&plan, before)?;
+            let outcome = self.group.step(&plan)?;
             for token in &outcome.tokens {
                 let sequence = &mut live[of_span[token.span as usize]];
                 let Draw::Token(id) = token.draw else { anyhow::bail!("nothing was drawn: {token:?}") };
@@ -183,7 +180,6 @@ impl Engine<'_> {
                     logits: token.logits_hash.unwrap_or_default(),
                 });
             }
-            self.before = Some((plan, outcome));
             if self.mix.prefix == Prefix::Shared {
                 of_span.iter().for_each(|index| self.share(&live[*index]));
             }
@@ -207,8 +203,7 @@ impl Engine<'_> {
         if !releases.is_empty() {
             let plan = StepPlan { step: StepNumber(self.step), releases, ..StepPlan::default() };
             self.step += 1;
-            self.group.step(&plan, None)?;
-            self.before = None;
+            self.group.step(&plan)?;
         }
         Ok(())
     }

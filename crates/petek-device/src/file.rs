@@ -35,7 +35,7 @@ impl MappedFile {
         // SAFETY: the map is private and read-only. The one hazard is another process that truncates or rewrites the file
         // while it is mapped: bytes would change (we only ever read plain numbers from them, and every length was checked
         // against the mapped length, not re-read from the file) or, if truncated, the process gets SIGBUS. Model files are
-        // replaced, not edited in place: docs/operations says so, and a loader drops its maps once weights are packed.
+        // replaced, not edited in place, and a loader drops its maps once weights are packed.
         let map = unsafe { memmap2::MmapOptions::new().map_copy_read_only(&file) }.map_err(in_path)?;
         Ok(Self { path: path.into(), bytes: Bytes::Mapped(Arc::new(map)) })
     }

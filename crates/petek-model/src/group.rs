@@ -16,7 +16,15 @@ use crate::rank::{Rank, StepError};
 /// Ranks as threads of this process.
 pub struct RankGroup {
     members: Vec<Member>,
+    /// The last step, which the ranks that do not sample learn of with the next one; kept only where there are such.
+    before: Option<Arc<Before>>,
     failed: Option<String>,
+}
+
+/// A step that is done: what was planned and what the first rank drew.
+struct Before {
+    plan: Arc<StepPlan>,
+    outcome: StepOutcome,
 }
 
 struct Member {
@@ -28,7 +36,7 @@ struct Member {
 /// A plan and, for ranks that do not sample, what the first rank drew in the step before.
 struct Work {
     plan: Arc<StepPlan>,
-    drawn_before: Option<Arc<(Arc<StepPlan>, StepOutcome)>>,
+    before: Option<Arc<Before>>,
 }
 
 /// A group that could not do a step.
@@ -74,7 +82,7 @@ impl RankGroup {
                 Ok(Member { plans: Some(plans), outcomes, thread: Some(thread) })
             })
             .collect::<Result<_, GroupError>>()?;
-        let mut group = Self { members, failed: None };
+        let mut group = Self { members, before: None, failed: None };
         group.gather()?;
         Ok(group)
     }
@@ -82,24 +90,23 @@ impl RankGroup {
     /// Carries out one plan on all ranks.
     ///
     /// *Errors*: the first failure; the group has then ended.
-    pub fn step(
-        &mut self,
-        work: &StepPlan,
-        before: Option<(&StepPlan, &StepOutcome)>,
-    ) -> Result<StepOutcome, GroupError> {
+    pub fn step(&mut self, plan: &StepPlan) -> Result<StepOutcome, GroupError> {
         if let Some(failed) = &self.failed {
             return Err(GroupError::Ended(failed.clone()));
         }
-        let plan = Arc::new(work.clone());
-        let drawn = before.map(|(plan, outcome)| Arc::new((Arc::new(plan.clone()), outcome.clone())));
+        let plan = Arc::new(plan.clone());
         for (rank, member) in self.members.iter().enumerate() {
-            let drawn_before = if rank == 0 { None } else { drawn.clone() };
+            let before = if rank == 0 { None } else { self.before.clone() };
             if let Some(plans) = &member.plans {
                 // A rank that is gone has said why in its last outcome, which `gather` finds.
-                let _ = plans.send(Work { plan: plan.clone(), drawn_before });
+                let _ = plans.send(Work { plan: plan.clone(), before });
             }
         }
-        self.gather()
+        let outcome = self.gather()?;
+        if self.members.len() > 1 {
+            self.before = Some(Arc::new(Before { plan, outcome: outcome.clone() }));
+        }
+        Ok(outcome)
     }
 
     /// One answer of every rank: rank 0's, or the failure that was not merely the echo of another's.
@@ -169,8 +176,8 @@ fn serve<E: std::fmt::Display>(
         }
         let Ok(work) = inbox.recv() else { return };
         let stepped = catch_unwind(AssertUnwindSafe(|| -> Result<StepOutcome, StepError> {
-            if let Some(before) = &work.drawn_before {
-                built.learn(&before.0, &before.1);
+            if let Some(before) = &work.before {
+                built.learn(&before.plan, &before.outcome);
             }
             built.step(&work.plan)
         }));

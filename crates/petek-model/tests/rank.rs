@@ -152,17 +152,14 @@ fn a_group_computes_what_one_rank_computes() {
         let of_folder = folder.clone();
         let build = Arc::new(move |_, collective| rank_of(&of_folder, collective));
         let mut group = RankGroup::start::<LoadError>(Threads::group(ranks, 1), build).expect("started");
-        let mut before: Option<(StepPlan, StepOutcome)> = None;
         let mut drawn = Vec::new();
         for step in 0..10 {
             let next = match step {
                 0 => plan(0, vec![fill(1, &PROMPT, 5, 1.5)], vec![span(1, 0, 5, SpanInput::Ids, &[3])]),
                 _ => plan(step, Vec::new(), vec![span(1, 4 + step as usize, 1, SpanInput::LastSampled, &[])]),
             };
-            let outcome =
-                group.step(&next, before.as_ref().map(|(plan, outcome)| (plan, outcome))).expect("stepped");
+            let outcome = group.step(&next).expect("stepped");
             drawn.extend(ids(&outcome));
-            before = Some((next, outcome));
         }
         assert_eq!(drawn, expected, "{ranks} ranks");
         // Nobody holds more than its shard: norms stand on every rank, the rest is divided (keys and values by two at most).
@@ -193,9 +190,9 @@ fn one_rank_that_fails_ends_the_group_and_nobody_hangs() {
     let build = Arc::new(move |_, collective| rank_of(&of_folder, collective));
     let mut group = RankGroup::start::<LoadError>(Threads::group(4, 1), build).expect("started");
     let bad = plan(0, Vec::new(), vec![span(0, 0, 1, SpanInput::Ids, &[0])]);
-    let error = group.step(&bad, None).expect_err("no slot is filled");
+    let error = group.step(&bad).expect_err("no slot is filled");
     assert!(matches!(&error, GroupError::Rank { problem, .. } if problem.contains("not filled")), "{error}");
-    assert!(matches!(group.step(&bad, None), Err(GroupError::Ended(_))));
+    assert!(matches!(group.step(&bad), Err(GroupError::Ended(_))));
 
     let of_folder = folder.clone();
     let build = Arc::new(move |rank, collective| {

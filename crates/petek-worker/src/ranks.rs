@@ -14,14 +14,12 @@ const IN_FLIGHT_MAX: usize = 2;
 pub struct RankRunner {
     group: RankGroup,
     done: VecDeque<StepOutcome>,
-    /// The last step and what it drew: ranks that do not sample learn of it with the next.
-    before: Option<(StepPlan, StepOutcome)>,
 }
 
 impl RankRunner {
     /// A runner over a group that was started.
     pub fn new(group: RankGroup) -> Self {
-        Self { group, done: VecDeque::new(), before: None }
+        Self { group, done: VecDeque::new() }
     }
 }
 
@@ -30,12 +28,10 @@ impl StepRunner for RankRunner {
         if self.done.len() == IN_FLIGHT_MAX {
             return Err(RunnerFault::TooManyInFlight { step: plan.step, in_flight: IN_FLIGHT_MAX });
         }
-        let before = self.before.as_ref().map(|(plan, outcome)| (plan, outcome));
         let outcome = self
             .group
-            .step(plan, before)
+            .step(plan)
             .map_err(|cause| RunnerFault::Device { step: plan.step, cause: Box::new(cause) })?;
-        self.before = Some((plan.clone(), outcome.clone()));
         self.done.push_back(outcome);
         Ok(Ticket(plan.step))
     }

@@ -199,7 +199,7 @@ impl Complete {
                 new_blocks: std::mem::take(&mut new_blocks),
                 sample: if whole { SpanSample::Draw } else { SpanSample::No },
             }];
-            let outcome = group.step(&plan, None)?;
+            let outcome = group.step(&plan)?;
             plan.fills.clear();
             start += len;
             if let Some(drawn) = outcome.tokens.first() {

@@ -266,7 +266,7 @@ impl Ops for Simd {
     fn allocate_kv(&mut self, kv: KvSpec, capacity: StepCapacity) -> Result<()> {
         let widest = self.weights.matrices.iter().map(|matrix| matrix.inputs()).max().unwrap_or(0);
         let rows = capacity.rows.max(capacity.picks);
-        let inputs = Activations::new(self.report.isa, self.activation, rows, widest)?;
+        let inputs = Activations::new(self.report.isa_matmul, self.activation, rows, widest)?;
         for lane in &mut self.lanes {
             lane.0.get_mut().row = vec![0.0; widest];
             lane.0.get_mut().keys = vec![0.0; kv.heads.kv * kv.heads.dim];
@@ -414,6 +414,7 @@ impl Ops for Simd {
         allocated.counters.iter().for_each(TaskCounter::reset);
         let run = Run {
             isa: report.isa,
+            isa_matmul: report.isa_matmul,
             weights,
             collective: &**collective,
             lanes,
@@ -473,6 +474,7 @@ impl Ops for Simd {
 /// One region: what its lanes see.
 struct Run<'a> {
     isa: Isa,
+    isa_matmul: Isa,
     weights: &'a Weights,
     collective: &'a dyn Collective,
     lanes: &'a [LaneRoom],
@@ -554,7 +556,8 @@ impl Run<'_> {
                     Then::Add => Epilogue::Add { bias },
                     Then::SwiGlu => Epilogue::SwiGlu { bias },
                 };
-                let matmul = Matmul::new(self.isa, weights, inputs.rows(rows, weights.inputs()), epilogue);
+                let matmul =
+                    Matmul::new(self.isa_matmul, weights, inputs.rows(rows, weights.inputs()), epilogue);
                 // SAFETY: the buffer holds `rows` rows of its width; the inputs were filled in the phase before; this phase's
                 // counter gives each unit of columns to one lane; a lane's room is its own.
                 unsafe {
