@@ -431,6 +431,7 @@ mod tests {
     use sha2::{Digest, Sha256};
 
     use super::*;
+    use crate::demo;
 
     const FILE_BYTES_MAX: u64 = 1_000_000;
 
@@ -521,6 +522,8 @@ mod tests {
         for name in ["bytelevel", "bytefallback"] {
             check_sha256(name, &tokenizer(name).unwrap().sha256, &tokenizer_folder(name));
         }
+        check_sha256("demo", &text("demo").unwrap().sha256, &demo::dir());
+        check_sha256("demo", &tokenizer("demo").unwrap().sha256, &demo::dir());
         for chat in chat().unwrap().chats {
             assert!(
                 template(&chat.template).is_ok() && tokenizer_folder(&chat.tokenizer).is_dir(),

@@ -3,10 +3,12 @@
 pub mod chain;
 pub mod decode;
 pub mod demo;
+pub mod engine;
 pub mod gguf;
 pub mod golden;
 pub mod house;
 pub mod llama;
+pub mod machine;
 pub mod mixes;
 pub mod need;
 pub mod random;

@@ -5,30 +5,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use petek_core::plan::SlotSampling;
-use petek_device::collective::Threads;
 use petek_device::cpu::isa::Isa;
-use petek_device::cpu::pool::PoolOptions;
-use petek_device::cpu::simd::{Simd, SimdOptions};
-use petek_device::ops::{Format, StepCapacity};
-use petek_model::LoadError;
-use petek_model::decoder::{Decoder, DecoderOptions};
+use petek_device::ops::Format;
 use petek_model::folder::ModelFolder;
 use petek_model::group::RankGroup;
-use petek_model::rank::{LogitsHash, Rank, Sampler};
-use petek_model::shard::Shard;
 use petek_tests::llama::LlamaShape;
+use petek_tests::machine::{Machine, Room};
 use petek_tests::mixes::{Batch, DrawnBits, Mix, MixRequest, Prefix, SLOTS, run};
 use petek_tests::random::Random;
 use petek_tests::random_model::RandomModel;
 use safetensors::tensor::Dtype;
-
-/// How a group computes: what may differ between two workers of one numerics id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Machine {
-    ranks: usize,
-    threads: usize,
-    isa: Isa,
-}
 
 const PLAIN: Mix = Mix {
     seed: 0,
@@ -62,41 +48,26 @@ fn shape() -> LlamaShape {
 }
 
 fn folder(dtype: Dtype) -> Arc<ModelFolder> {
+    folder_of(shape(), dtype)
+}
+
+fn folder_of(shape: LlamaShape, dtype: Dtype) -> Arc<ModelFolder> {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    RandomModel { shape: shape(), dtype, seed: 11 }.write(dir.path()).expect("written");
+    RandomModel { shape, dtype, seed: 11 }.write(dir.path()).expect("written");
     // The weights stay mapped after the folder is gone.
     Arc::new(ModelFolder::open(dir.path()).expect("opened"))
 }
 
 fn group(folder: &Arc<ModelFolder>, machine: Machine, block_tokens: usize) -> RankGroup {
-    let folder = folder.clone();
-    let build = move |rank, collective| -> Result<Rank, LoadError> {
-        let format = folder.weights.format();
-        let shard = Shard::plan(&folder.config, machine.ranks)?.remove(rank);
-        let threads_beside = (machine.ranks - 1) * machine.threads;
-        let pool = PoolOptions { threads: machine.threads, threads_beside, cores: Vec::new() };
-        let ops = Simd::new(SimdOptions { pool, isa: Some(machine.isa) }, format, collective)?;
-        let options = DecoderOptions { format, context: CONTEXT, vocabulary_drawn: 257 };
-        let decoder = Decoder::load(Box::new(ops), &folder.config, shard, &folder.weights, options)?;
-        let capacity = StepCapacity {
-            rows: 1024,
-            spans: SLOTS,
-            picks: SLOTS,
-            blocks_per_span: CONTEXT.div_ceil(block_tokens),
-        };
-        let sampler = if rank == 0 { Sampler::Here } else { Sampler::Elsewhere };
-        Ok(Rank::new(
-            decoder,
-            SLOTS,
-            block_tokens,
-            POOL_TOKENS / block_tokens,
-            capacity,
-            sampler,
-            LogitsHash::On,
-        )?)
+    let room = Room {
+        context: CONTEXT,
+        block_tokens,
+        blocks: POOL_TOKENS / block_tokens,
+        slots: SLOTS,
+        rows: 1024,
+        vocabulary_drawn: 257,
     };
-    RankGroup::start::<LoadError>(Threads::group(machine.ranks, machine.threads), Arc::new(build))
-        .expect("started")
+    machine.group(folder, room).expect("started")
 }
 
 /// Seven requests at temperature 1.5, some with a common beginning, one beyond a segment of 256.
@@ -214,6 +185,23 @@ fn whatever_happens_around_a_request_its_bits_stay() {
         assert!(*times >= EACH_VALUE, "{value} stood in {times} mixes only");
     }
     assert_eq!(seen.len(), 2 + 4 + 2 + isas.len() + 2 + 4 + 2 + 2 + 3, "every value of every axis: {seen:?}");
+}
+
+/// A vocabulary that the ranks do not divide: the last one's part is narrower, and the gathered rows are the same.
+#[test]
+fn a_vocabulary_that_ranks_do_not_divide_keeps_its_bits() {
+    let isa = Isa::detect().expect("a processor that petek runs on");
+    for dtype in [Dtype::F32, Dtype::BF16] {
+        for tied in [false, true] {
+            let folder = folder_of(LlamaShape { vocab: 1003, tied, ..shape() }, dtype);
+            let expected = alone(&folder, isa);
+            for ranks in [2, 4, 8] {
+                let machine = Machine { ranks, threads: 1, isa };
+                let drawn = run(&mut group(&folder, machine, 32), POOL_TOKENS / 32, &requests(), PLAIN);
+                assert!(drawn.expect("ran") == expected, "{dtype:?}, tied {tied}, {ranks} ranks");
+            }
+        }
+    }
 }
 
 /// The formats compute different numbers: the promise holds within one, and the test above would see a mix-up.

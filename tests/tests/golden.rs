@@ -1,5 +1,8 @@
 //! Decoders against Hugging Face transformers in float32: teacher-forced logits of random-weight variants, of the demo model
-//! and of a real one, each within the bound that its golden derives.
+//! and of a real one, each within the bound that its golden derives. And their tokenisers against `tokenizers` and llama.cpp.
+
+use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use petek_device::collective::{Solo, Threads};
@@ -7,7 +10,9 @@ use petek_device::ops::Format;
 use petek_model::folder::ModelFolder;
 use petek_tests::decode::{MakeOps, Solitary, reference, simd};
 use petek_tests::golden::{self, Arithmetic, ModelGolden, Trial};
-use petek_tests::need;
+use petek_tests::{demo, need};
+use petek_text::{AddedSpecials, ControlText, Detokenizer, SpecialText, Tokenizer};
+use serde::Deserialize;
 
 /// Runs every prompt of a golden in each of the given chunks and says what share of the bounds was used.
 fn check(
@@ -71,6 +76,14 @@ fn weights_are_converted_at_load() -> Result<()> {
 }
 
 #[test]
+fn the_demo_model_matches_transformers() -> Result<()> {
+    let folder = ModelFolder::open(&demo::dir())?;
+    let golden = golden::text("demo")?;
+    check("simd demo as f32", &golden, &folder, Format::F32, &simd(2), &[256, 33])?;
+    check("simd demo", &golden, &folder, Format::Bf16, &simd(2), &[256])
+}
+
+#[test]
 fn the_real_model_matches_transformers() -> Result<()> {
     let Some(dir) = need::real_model("the_real_model_matches_transformers") else { return Ok(()) };
     let folder = ModelFolder::open(&dir)?;
@@ -116,5 +129,87 @@ fn two_ranks_of_nine_heads_are_refused_in_one_line() -> Result<()> {
     let error =
         petek_model::shard::Shard::plan(&folder.config, 2).expect_err("9 heads over 2 ranks").to_string();
     assert!(error.contains("attention heads 9") && !error.contains('\n'), "{error}");
+    Ok(())
+}
+
+// Tokenisers.
+
+fn tokenizer(folder: &Path) -> Result<Tokenizer> {
+    let file = std::fs::read(folder.join("tokenizer.json"))?;
+    Ok(Tokenizer::load(&file, &|| Duration::ZERO)?)
+}
+
+/// Every string and id list of a golden, there and back, by petek's own tokeniser and detokeniser. All added tokens of the
+/// model are special, and its kind strips no space: where `tokenizers` decodes without loss the texts are equal.
+fn check_tokenizer(name: &str, folder: &Path) -> Result<()> {
+    let (tokenizer, golden) = (tokenizer(folder)?, golden::tokenizer(name)?);
+    let tokens = tokenizer.tokens();
+    assert_eq!(tokens.len(), golden.vocab_size, "{name}");
+    let mut whole = 0;
+    let mut decode = |ids: &[u32], theirs: &str, special| {
+        let mut text = String::new();
+        let mut stream = Detokenizer::default();
+        ids.iter().for_each(|id| stream.push(tokens.text_bytes(*id, special), &mut text));
+        stream.finish(&mut text);
+        assert_eq!(text, tokens.decode(ids, special), "{name}: a stream of {ids:?}");
+        if !theirs.contains(char::REPLACEMENT_CHARACTER) {
+            whole += 1;
+            assert_eq!(text, theirs, "{name}: {ids:?}");
+        }
+    };
+    for case in &golden.strings {
+        let encode = |specials, control| tokenizer.encode("prompt", &case.text, specials, control);
+        let at = format!("{name}: {:?}", case.text);
+        assert_eq!(encode(AddedSpecials::None, ControlText::Parsed)?, case.ids, "{at}");
+        assert_eq!(encode(AddedSpecials::Added, ControlText::Parsed)?, case.ids_with_added, "{at}");
+        assert_eq!(encode(AddedSpecials::None, ControlText::Plain)?, case.ids_control_as_text, "{at}");
+        decode(&case.ids_with_added, &case.decoded, SpecialText::Kept);
+        decode(&case.ids_with_added, &case.decoded_without_special, SpecialText::Skipped);
+    }
+    for list in &golden.id_lists {
+        decode(&list.ids, &list.decoded, SpecialText::Kept);
+        decode(&list.ids, &list.decoded_without_special, SpecialText::Skipped);
+    }
+    assert!(golden.strings.len() > 80 && whole > 160, "{name}: {whole} texts were compared");
+    Ok(())
+}
+
+#[test]
+fn the_demo_tokeniser_equals_pythons() -> Result<()> {
+    check_tokenizer("demo", &demo::dir())
+}
+
+#[test]
+fn the_real_tokeniser_equals_pythons() -> Result<()> {
+    let Some(dir) = need::real_model("the_real_tokeniser_equals_pythons") else { return Ok(()) };
+    check_tokenizer("real-model", &dir)
+}
+
+/// What llama.cpp's own tokeniser makes of 20 texts: the real model's tokenizer.json is ours, so `tokenizers` on it proves
+/// nothing alone.
+#[derive(Deserialize)]
+struct LlamaCpp {
+    cases: Vec<LlamaCppCase>,
+}
+
+#[derive(Deserialize)]
+struct LlamaCppCase {
+    text: String,
+    parse_special: bool,
+    ids: Vec<u32>,
+}
+
+#[test]
+fn the_real_tokeniser_equals_llama_cpps() -> Result<()> {
+    let Some(dir) = need::real_model("the_real_tokeniser_equals_llama_cpps") else { return Ok(()) };
+    let tokenizer = tokenizer(&dir)?;
+    let golden: LlamaCpp = serde_json::from_str(include_str!("../data/real_model_tokens.json"))?;
+    assert_eq!(golden.cases.len(), 20);
+    for case in golden.cases {
+        let control = if case.parse_special { ControlText::Parsed } else { ControlText::Plain };
+        let ids = tokenizer.encode("prompt", &case.text, AddedSpecials::Added, control)?;
+        assert_eq!(ids, case.ids, "{:?}", case.text);
+        assert_eq!(tokenizer.tokens().decode(&ids, SpecialText::Kept), case.text);
+    }
     Ok(())
 }

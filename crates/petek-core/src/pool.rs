@@ -156,6 +156,11 @@ impl Pool {
         self.free.len() + self.cached.len
     }
 
+    /// Of those available, the ones that hold what can still be found.
+    pub fn evictable(&self) -> usize {
+        self.cached.len
+    }
+
     /// Blocks that nobody holds, but steps in flight may touch.
     pub fn in_limbo(&self) -> usize {
         self.limbo.len

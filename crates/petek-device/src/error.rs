@@ -25,6 +25,9 @@ pub enum DeviceError {
         /// The system's word.
         source: std::io::Error,
     },
+    /// Compute threads that cannot be started or pinned.
+    #[error("compute threads: {0}")]
+    Threads(std::io::Error),
     /// The processor lacks what the kernels need.
     #[error("this processor cannot run petek: {0}")]
     Unsupported(String),

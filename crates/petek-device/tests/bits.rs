@@ -1,12 +1,18 @@
 //! Matrix products give one set of bits: that of a plain scalar loop written from the numerics' definition, whatever the
 //! rows beside a row, the threads, the instructions, the shape of tiles, or the ranks that share the inputs.
 
+use petek_device::DeviceError;
+use petek_device::collective::Solo;
 use petek_device::cpu::isa::Isa;
 use petek_device::cpu::math;
 use petek_device::cpu::matmul::{Activations, Epilogue, Matmul};
 use petek_device::cpu::pack::PackedMatrix;
 use petek_device::cpu::pool::{Pool, PoolOptions};
-use petek_device::ops::{Format, MatrixSpec, Parts, Tensor};
+use petek_device::cpu::reference::Reference;
+use petek_device::cpu::simd::{Simd, SimdOptions};
+use petek_device::ops::{
+    Extent, Format, Heads, KvSpec, MatrixSpec, Ops, Parts, SpanRows, StepCapacity, StepInputs, Tensor,
+};
 
 const FORMATS: [Format; 3] = [Format::F32, Format::Bf16, Format::F16];
 const ROWS: [usize; 13] = [1, 2, 3, 5, 7, 8, 13, 14, 15, 33, 64, 511, 512];
@@ -310,6 +316,80 @@ fn epilogues_follow_the_whole_sum() {
             }
         }
     }
+}
+
+fn simd(threads: usize, cores: Vec<usize>) -> Result<Simd, DeviceError> {
+    let pool = PoolOptions { threads, threads_beside: 0, cores };
+    Simd::new(SimdOptions { pool, isa: None }, Format::F32, Solo::new_group())
+}
+
+/// What a rank whose part of the vocabulary is narrower than the others' gives: zeros where the others go on, whatever
+/// stood there.
+#[test]
+fn a_buffer_wider_than_the_product_ends_in_zeros() {
+    let (rows, inputs, wide, narrow) = (3, 64, 70, 45);
+    let mut random = Random(6);
+    let (x, w) =
+        (random.numbers(Numbers::Plain, rows * inputs), random.numbers(Numbers::Plain, wide * inputs));
+    let (x_bytes, w_bytes) = (bytes_of(&x), bytes_of(&w));
+    let executors: [(&str, Box<dyn Ops>); 3] = [
+        ("reference", Box::new(Reference::new(Format::F32, Solo::new_group()))),
+        ("simd, one thread", Box::new(simd(1, Vec::new()).expect("started"))),
+        ("simd, two threads", Box::new(simd(2, Vec::new()).expect("started"))),
+    ];
+    for (name, mut ops) in executors {
+        let mut load = |bytes: &[u8], outputs| {
+            let parts = Parts::Stack(&[whole(bytes, outputs, inputs)]);
+            ops.load_matrix(MatrixSpec { parts, format: Format::F32, slices: 1 }).expect("loaded")
+        };
+        let (table, whole, part) = (load(&x_bytes, rows), load(&w_bytes, wide), load(&w_bytes, narrow));
+        let heads = Heads { query: 1, kv: 1, dim: 16 };
+        let kv = KvSpec { layers: 1, heads, block_tokens: 16, blocks: 1, format: Format::F32 };
+        let capacity = StepCapacity { rows, spans: 1, picks: 1, blocks_per_span: 1 };
+        ops.allocate_kv(kv, capacity).expect("allocated");
+        let a = ops.buffer(Extent::Rows, inputs).expect("allocated");
+        let out = ops.buffer(Extent::Rows, wide).expect("allocated");
+        ops.begin(&StepInputs {
+            ids: &[0, 1, 2],
+            positions: &[0, 1, 2],
+            spans: &[SpanRows { row0: 0, rows: 3, start: 0, table0: 0 }],
+            tables: &[0],
+            zeroes: &[],
+            copies: &[],
+            picks: &[],
+            draws: &[],
+        })
+        .expect("begun");
+        ops.embed(table, 0, a);
+        ops.matmul(a, whole, None, out);
+        ops.matmul(a, part, None, out);
+        ops.submit().expect("computed");
+        for (row, (got, a)) in ops.read(out, rows).chunks_exact(wide).zip(x.chunks_exact(inputs)).enumerate()
+        {
+            let sums = w.chunks_exact(inputs).map(|w| defined_sum(Format::F32, a, w, 1));
+            for (col, sum) in sums.enumerate() {
+                let sum = if col < narrow { sum } else { 0.0 };
+                // The reference sums in an order of its own: 64 roundings of terms that add up to less than 4096.
+                let near = if name == "reference" { 4096.0 * 64.0 * f32::EPSILON } else { 0.0 };
+                let bound = if col < narrow { near } else { 0.0 };
+                assert!(
+                    (got[col] - sum).abs() <= bound,
+                    "{name}, row {row}, column {col}: {} {sum}",
+                    got[col]
+                );
+            }
+        }
+    }
+}
+
+/// Threads are no memory: what could not be pinned is said so.
+#[test]
+#[cfg(target_os = "linux")]
+fn threads_that_cannot_be_pinned_are_named() {
+    let error = simd(2, vec![0, 1 << 20]).map(|_| ()).expect_err("no machine has this core");
+    assert!(matches!(error, DeviceError::Threads(_)), "{error:?}");
+    let error = error.to_string();
+    assert!(error.starts_with("compute threads: pin a compute thread to core 1048576: "), "{error}");
 }
 
 /// Parts of several tensors, of several formats, at odd places in them, and rows read back.

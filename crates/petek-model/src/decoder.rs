@@ -21,9 +21,9 @@ pub struct Decoder {
     buffers: Option<Buffers>,
 }
 
-/// The handles of what is loaded: the same in executors that share one copy of the weights.
+/// A decoder's configuration and the handles of what it loaded: the same in all executors that share one copy of the weights.
 #[derive(Clone)]
-struct Loaded {
+pub struct Loaded {
     config: DecoderConfig,
     shard: Shard,
     /// Positions that the rotary tables cover: the served context.
@@ -77,12 +77,12 @@ pub struct DecoderOptions {
     pub vocabulary_drawn: usize,
 }
 
-impl Decoder {
-    /// Loads this rank's shard of the weights.
+impl Loaded {
+    /// Loads a rank's shard of the weights into an executor.
     ///
     /// *Errors*: a tensor that is missing, of another shape or left over, by name; memory that is not to be had.
     pub fn load(
-        mut ops: Box<dyn Ops>,
+        ops: &mut dyn Ops,
         config: &DecoderConfig,
         shard: Shard,
         weights: &Weights,
@@ -92,26 +92,41 @@ impl Decoder {
         let tables = RotaryTables::new(config.heads.dim, options.context, theta, scaling);
         ops.load_rotary(&tables.cos, &tables.sin)?;
         let loader = Loader { config, shard: &shard, weights, format: options.format };
-        let embedding = loader.vocabulary(&mut *ops, weights.embedding()?)?;
+        let embedding = loader.vocabulary(ops, weights.embedding()?)?;
         let head = match weights.head()? {
-            Some(head) => loader.vocabulary(&mut *ops, head)?,
+            Some(head) => loader.vocabulary(ops, head)?,
             None => embedding,
         };
         let layers = (0..config.layers)
-            .map(|layer| loader.layer(&mut *ops, layer))
+            .map(|layer| loader.layer(ops, layer))
             .collect::<Result<Vec<_>, LoadError>>()?;
         let NormKind::Rms { eps } = config.norm;
         let norm = Norm { weight: ops.load_vector(&weights.final_norm()?)?, eps };
         let drawn = options.vocabulary_drawn.min(config.vocabulary);
         let vocabulary = Vocabulary { size: config.vocabulary, drawn };
         let (config, context) = (config.clone(), options.context);
-        let loaded = Loaded { config, shard, context, embedding, head, norm, layers, vocabulary };
-        Ok(Self { ops, loaded, buffers: None })
+        Ok(Self { config, shard, context, embedding, head, norm, layers, vocabulary })
+    }
+}
+
+impl Decoder {
+    /// Loads this rank's shard of the weights.
+    ///
+    /// *Errors*: as [`Loaded::load`].
+    pub fn load(
+        mut ops: Box<dyn Ops>,
+        config: &DecoderConfig,
+        shard: Shard,
+        weights: &Weights,
+        options: DecoderOptions,
+    ) -> Result<Self, LoadError> {
+        let loaded = Loaded::load(&mut *ops, config, shard, weights, options)?;
+        Ok(Self::over(loaded, ops))
     }
 
-    /// A decoder over another executor that shares this one's loaded weights, so that its handles mean the same.
-    pub fn sibling(&self, ops: Box<dyn Ops>) -> Self {
-        Self { ops, loaded: self.loaded.clone(), buffers: None }
+    /// A decoder over an executor that shares the weights of the one that `loaded` was loaded into.
+    pub fn over(loaded: Loaded, ops: Box<dyn Ops>) -> Self {
+        Self { ops, loaded, buffers: None }
     }
 
     /// Allocates the KV cache and the step's buffers: everything that serving needs, once.

@@ -50,10 +50,10 @@ impl Slices {
 
 /// A degree that does not fit the model.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("tensor parallelism of {ranks} does not fit this model: it must divide {what} {number}{hint}")]
+#[error("tensor parallelism of {ranks} does not fit this model: it must {rule} {number}{hint}")]
 pub struct ShardError {
     ranks: usize,
-    what: &'static str,
+    rule: &'static str,
     number: usize,
     hint: String,
 }
@@ -82,29 +82,30 @@ pub struct Shard {
 impl Shard {
     /// The shares of all ranks.
     ///
-    /// *Errors*: [`ShardError`] where the degree does not divide the query heads, the MLP's width, or neither divides nor
-    /// is a multiple of the key and value heads.
+    /// *Errors*: [`ShardError`] where the degree does not divide the query heads, the MLP's width, neither divides nor is a
+    /// multiple of the key and value heads, or leaves a rank without vocabulary.
     pub fn plan(config: &DecoderConfig, ranks: usize) -> Result<Vec<Shard>, ShardError> {
         let Mlp::SwiGlu { width, .. } = config.mlp;
         let Heads { query, kv, .. } = config.heads;
-        let fits = |what, number: usize, fits: bool| {
+        let fits_kv = |ranks: usize| kv.is_multiple_of(ranks) || ranks.is_multiple_of(kv);
+        // Parts are equally wide, but for what the last rank lacks.
+        let fits_vocabulary =
+            |ranks: usize| (ranks - 1) * config.vocabulary.div_ceil(ranks) < config.vocabulary;
+        let fits = |rule, number: usize, fits: bool| {
             let hint = || {
                 let good: Vec<String> = (1..=query.min(64))
                     .filter(|r| query.is_multiple_of(*r) && width.is_multiple_of(*r))
-                    .filter(|r| kv.is_multiple_of(*r) || r.is_multiple_of(kv))
+                    .filter(|r| fits_kv(*r) && fits_vocabulary(*r))
                     .map(|r| r.to_string())
                     .collect();
                 format!(" (these do: {})", good.join(", "))
             };
-            if fits { Ok(()) } else { Err(ShardError { ranks, what, number, hint: hint() }) }
+            if fits { Ok(()) } else { Err(ShardError { ranks, rule, number, hint: hint() }) }
         };
-        fits("the attention heads", query, ranks > 0 && query.is_multiple_of(ranks))?;
-        fits(
-            "or be a multiple of the key and value heads",
-            kv,
-            kv.is_multiple_of(ranks) || ranks.is_multiple_of(kv),
-        )?;
-        fits("the MLP width", width, width.is_multiple_of(ranks))?;
+        fits("divide the attention heads", query, ranks > 0 && query.is_multiple_of(ranks))?;
+        fits("divide or be a multiple of the key and value heads", kv, fits_kv(ranks))?;
+        fits("divide the MLP width", width, width.is_multiple_of(ranks))?;
+        fits("leave each rank some of the vocabulary", config.vocabulary, fits_vocabulary(ranks))?;
         let whole = Slices::of(config);
         let slices = if whole.keeps_bits(ranks) {
             Slices { o: whole.o / ranks, down: whole.down / ranks }
@@ -168,7 +169,7 @@ mod tests {
     #[test]
     fn every_part_is_held_once_and_kv_heads_by_neighbours() {
         for (query, kv, width, vocabulary) in
-            [(8, 2, 256, 300), (8, 8, 512, 128), (9, 3, 1536, 49_152), (32, 8, 8192, 7)]
+            [(8, 2, 256, 300), (8, 8, 512, 1003), (9, 3, 1536, 49_152), (32, 8, 8192, 7)]
         {
             let config = config(query, kv, width, vocabulary);
             for ranks in (1..=32).filter(|ranks| Shard::plan(&config, *ranks).is_ok()) {
@@ -191,6 +192,9 @@ mod tests {
                         let kv_head = shard.kv_heads.start + place / (local.query / local.kv);
                         assert_eq!(kv_head, head / group, "{ranks} ranks, rank {}", shard.rank);
                     }
+                    let is_last = shard.rank + 1 == ranks;
+                    assert!(!shard.vocabulary.is_empty(), "{ranks} ranks, rank {}", shard.rank);
+                    assert!(is_last || shard.vocabulary.len() == shard.vocabulary_width);
                     assert!(shard.vocabulary.len() <= shard.vocabulary_width);
                 }
             }
@@ -219,12 +223,14 @@ mod tests {
         for (ranks, part) in
             [(2, "divide the attention heads 9 (these do: 1, 3, 9)"), (0, "attention heads 9")]
         {
-            let error = Shard::plan(&config(9, 3, 1536 * 9, 64), ranks).expect_err("refused").to_string();
+            let error = Shard::plan(&config(9, 3, 1536 * 9, 640), ranks).expect_err("refused").to_string();
             assert!(error.contains(part) && !error.contains('\n'), "{error}");
         }
         let error = Shard::plan(&config(8, 2, 100, 64), 8).expect_err("refused").to_string();
         assert!(error.contains("MLP width 100"), "{error}");
         let error = Shard::plan(&config(12, 4, 96, 64), 6).expect_err("refused").to_string();
         assert!(error.contains("key and value heads 4"), "{error}");
+        let error = Shard::plan(&config(8, 2, 256, 33), 8).expect_err("refused").to_string();
+        assert!(error.contains("each rank some of the vocabulary 33 (these do: 1, 2, 4)"), "{error}");
     }
 }

@@ -304,7 +304,8 @@ fn the_index_alone_says_which_tensor_is_meant() {
     refused(&elsewhere, &["model.embed_tokens.weight", "00001", "lacks"]);
     let mut shard_gone = weight_map.clone();
     shard_gone.insert(norm.into(), json!("model-00003-of-00002.safetensors"));
-    refused(&shard_gone, &["model-00003-of-00002.safetensors"]);
+    refused(&shard_gone, &["read ", "model-00003-of-00002.safetensors: No such file"]);
+    refused(&serde_json::Map::new(), &["model.safetensors.index.json: weight_map assigns no tensor"]);
     let outside = tempfile::tempdir().expect("a temporary folder");
     std::fs::write(outside.path().join("x.safetensors"), safetensors_bytes(&all)).expect("written");
     let mut leading_out = weight_map.clone();
@@ -312,6 +313,69 @@ fn the_index_alone_says_which_tensor_is_meant() {
         format!("../{}/x.safetensors", outside.path().file_name().and_then(|n| n.to_str()).expect("named"));
     leading_out.insert(norm.into(), json!(name));
     refused(&leading_out, &["outside the model folder"]);
+
+    // A bias that the index names and the config does not use.
+    let bias = "model.layers.0.mlp.gate_proj.bias";
+    let mut first_biased = first.clone();
+    first_biased.insert(bias.into(), random(&[96], &mut 1));
+    write("model-00001-of-00002.safetensors", &first_biased);
+    weight_map.insert(bias.into(), json!("model-00001-of-00002.safetensors"));
+    refused(&weight_map, &[bias, "does not use"]);
+
+    // One shard of two that is cut off.
+    let whole = safetensors_bytes(&second_stale);
+    std::fs::write(root.join("model-00002-of-00002.safetensors"), &whole[..whole.len() - 1])
+        .expect("written");
+    weight_map.remove(bias);
+    refused(&weight_map, &["model-00002-of-00002.safetensors: safetensors header", "incomplete"]);
+}
+
+/// Truncated and lying files, and what is no model folder at all.
+#[test]
+fn broken_folders_are_refused_by_file() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let root = dir.path();
+    let refused = |what: &str, parts: &[&str]| {
+        check_refused(what, ModelFolder::open(root).map_err(|error| error.to_string()), parts);
+    };
+    refused("an empty folder", &["config.json: it is not there", "no Hugging Face model folder"]);
+    std::fs::write(root.join("config.json"), base_config().to_string()).expect("written");
+    refused("no weights", &["neither model.safetensors nor model.safetensors.index.json is there"]);
+    std::fs::write(root.join("model.safetensors.index.json"), "{\"weight_map\": {").expect("written");
+    refused("an index cut off", &["model.safetensors.index.json: EOF"]);
+
+    let weights = root.join("model.safetensors");
+    let whole = safetensors_bytes(&base_tensors());
+    let header = "model.safetensors: safetensors header: ";
+    for (what, kept, part) in [
+        ("nothing", 0, "model.safetensors: the file is empty"),
+        ("half a header", 300, header),
+        ("all but a byte", whole.len() - 1, header),
+    ] {
+        std::fs::write(&weights, &whole[..kept]).expect("written");
+        refused(what, &[part]);
+    }
+    // Two headers that lie: a shape that is not its bytes, and one that is and is not the config's.
+    let norm = |shape: &str| {
+        format!("\"model.norm.weight\":{{\"data_offsets\":[0,256],\"dtype\":\"F32\",\"shape\":{shape}}}")
+    };
+    let lying = file_of(&format!("{{{}}}", norm("[65]")), &[0; 256]);
+    std::fs::write(&weights, lying).expect("written");
+    refused("a shape that is not its bytes", &[header, "invalid shape"]);
+    let mut reshaped = base_tensors();
+    reshaped.get_mut("model.norm.weight").expect("there").0 = vec![8, 8];
+    std::fs::write(&weights, safetensors_bytes(&reshaped)).expect("written");
+    refused("a shape that is not the config's", &["tensor model.norm.weight", "[8, 8]", "[64]"]);
+    let mut integers = whole.clone();
+    let at = integers.windows(3).position(|bytes| bytes == b"F32").expect("a dtype");
+    integers[at..at + 3].copy_from_slice(b"I32");
+    std::fs::write(&weights, integers).expect("written");
+    refused("whole numbers", &["dtype is none of F32, BF16, F16"]);
+
+    std::fs::File::create(root.join("tokenizer.json")).and_then(|f| f.set_len((64 << 20) + 1)).expect("made");
+    refused("a text file without end", &["tokenizer.json: 67108865 bytes; at most 67108864"]);
+    let nowhere = ModelFolder::open(&root.join("nowhere")).map_err(|error| error.to_string());
+    check_refused("no folder", nowhere, &["read ", "nowhere: No such file"]);
 }
 
 #[test]

@@ -5,7 +5,8 @@
 //! nobody knows or a value of the wrong type stops the start and names the key and its source.
 //!
 //! A key is a path with dots (`log.filter`). The variable of the environment puts `__` for a dot
-//! (`PETEK_LOG__FILTER`), the flag a dash for dot and underscore (`--log-filter`).
+//! (`PETEK_LOG__FILTER`), the flag a dash for dot and underscore (`--log-filter`). The flags of a group that is named in
+//! [`Layers::short_flags`] leave its name out.
 //!
 //! figment does the merging and remembers sources; it is used in this file only.
 
@@ -115,6 +116,7 @@ pub struct Layers<T> {
     /// Of each layer of the figment, by the number that its name holds.
     origins: Vec<Origin>,
     secrets: BTreeSet<&'static str>,
+    short_flags: &'static [&'static str],
     settings: PhantomData<fn() -> T>,
 }
 
@@ -129,13 +131,17 @@ enum Origin {
 }
 
 impl Origin {
-    fn of(&self, key: &str) -> Source {
+    fn of(&self, key: &str, short_flags: &[&str]) -> Source {
         match self {
             Origin::Default => Source::Default,
             Origin::Model(path) => Source::Model(path.clone()),
             Origin::File(path) => Source::File(path.clone()),
             Origin::Env => Source::Env(format!("{ENV_PREFIX}{}", key.replace('.', "__").to_uppercase())),
-            Origin::Flags => Source::Flag(format!("--{}", key.replace(['.', '_'], "-"))),
+            Origin::Flags => {
+                let rest = |group: &&str| key.strip_prefix(*group)?.strip_prefix('.');
+                let key = short_flags.iter().find_map(rest).unwrap_or(key);
+                Source::Flag(format!("--{}", key.replace(['.', '_'], "-")))
+            }
         }
     }
 }
@@ -169,7 +175,19 @@ impl<T: Serialize + DeserializeOwned> Layers<T> {
         }
         let figment = Figment::from(Layer { number: 0, values });
         let secrets = secrets.iter().copied().collect();
-        Self { figment, known, origins: vec![Origin::Default], secrets, settings: PhantomData }
+        Self {
+            figment,
+            known,
+            origins: vec![Origin::Default],
+            secrets,
+            short_flags: &[],
+            settings: PhantomData,
+        }
+    }
+
+    /// Names the groups of settings whose flags do without the group's name: of `engine.tp` it is `--tp`.
+    pub fn short_flags(self, groups: &'static [&'static str]) -> Self {
+        Self { short_flags: groups, ..self }
     }
 
     /// Adds what the model's own file `path` says, as a struct or map of settings; absent values say nothing.
@@ -260,7 +278,7 @@ impl<T: Serialize + DeserializeOwned> Layers<T> {
     fn add(mut self, origin: Origin, values: Dict) -> Result<Self, ConfigError> {
         let values = without_absent(values);
         if let Some((key, _)) = leaves(&values).into_iter().find(|(key, _)| !self.knows(key)) {
-            return Err(ConfigError::Unknown { origin: origin.of(&key), key });
+            return Err(ConfigError::Unknown { origin: origin.of(&key, self.short_flags), key });
         }
         self.figment = self.figment.merge(Layer { number: self.origins.len(), values });
         self.origins.push(origin);
@@ -286,7 +304,7 @@ impl<T: Serialize + DeserializeOwned> Layers<T> {
 
     fn source(&self, key: &str) -> Source {
         let number = self.figment.find_metadata(key).and_then(|metadata| metadata.name.parse().ok());
-        self.origins.get(number.unwrap_or(0)).unwrap_or(&Origin::Default).of(key)
+        self.origins.get(number.unwrap_or(0)).unwrap_or(&Origin::Default).of(key, self.short_flags)
     }
 
     fn bad(&self, error: figment::Error) -> ConfigError {
@@ -467,6 +485,18 @@ mod tests {
     #[track_caller]
     fn line<T>(result: Result<T, ConfigError>) -> String {
         result.err().expect("is refused").to_string()
+    }
+
+    #[test]
+    fn a_group_may_leave_its_name_out_of_its_flags() {
+        let source = |layers: Layers<Raw>| {
+            let flags = Map::from([("log", Map::from([("filter", "warn")]))]);
+            let config = layers.flags(&flags).read().unwrap();
+            config.settings().iter().find(|setting| setting.key == "log.filter").unwrap().source.clone()
+        };
+        assert_eq!(source(layers()), Source::Flag("--log-filter".into()));
+        assert_eq!(source(layers().short_flags(&["log"])), Source::Flag("--filter".into()));
+        assert_eq!(source(layers().short_flags(&["lo"])), Source::Flag("--log-filter".into()));
     }
 
     #[test]

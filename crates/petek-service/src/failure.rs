@@ -17,6 +17,8 @@ pub enum Exit {
     Environment = 4,
     /// The other side answered with an error.
     Remote = 5,
+    /// A part of the process broke while it worked: a device, or a bug of ours. Whoever supervises it starts it again.
+    Fault = 70,
 }
 
 /// The end of a process that a person can mend. Shown as one line, never with a backtrace.
@@ -73,9 +75,9 @@ mod tests {
         let failure = Failure::new(Exit::Environment, "listen on :80:\nin use", "choose another port");
         assert_eq!(failure.to_string(), "listen on :80:\\nin use; choose another port");
         assert_eq!(Failure::new(Exit::Remote, "gone", "").to_string(), "gone");
-        let codes =
-            [Exit::Usage, Exit::Configuration, Exit::Environment, Exit::Remote].map(|exit| exit as u8);
-        assert_eq!(codes, [2, 3, 4, 5]);
+        let codes = [Exit::Usage, Exit::Configuration, Exit::Environment, Exit::Remote, Exit::Fault]
+            .map(|exit| exit as u8);
+        assert_eq!(codes, [2, 3, 4, 5, 70]);
         assert_eq!(format!("{:?}", failure.exit_code()), format!("{:?}", ExitCode::from(4)));
     }
 

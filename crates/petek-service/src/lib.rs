@@ -23,8 +23,8 @@ pub use failure::{Exit, Failure, limit_core_dumps};
 pub use metrics::{
     Counter, Counters, Gauge, Gauges, Histogram, Label, Registry,
     list::{
-        BlockState, Outcome, Prediction, RouteReason, RouterMetrics, RouterSeries, SequenceState,
-        WorkerMetrics,
+        BlockState, KvBatchFate, KvChange, KvRelapse, Outcome, Prediction, RouteReason, RouterMetrics,
+        RouterSeries, SequenceState, Suspect, WorkerMetrics,
     },
 };
 pub use ops::{Ops, Readiness};

@@ -85,6 +85,9 @@ pub struct FakeRunner {
     fills: u64,
     copies: u64,
     step: StepNumber,
+    /// What a step says that it took, and besides for each row.
+    step_s: f64,
+    row_s: f64,
 }
 
 /// What a position of the cache holds.
@@ -127,7 +130,14 @@ impl FakeRunner {
             fills: 0,
             copies: 0,
             step: StepNumber(0),
+            step_s: 0.0,
+            row_s: 0.0,
         }
+    }
+
+    /// The same, whose steps say that they took so many seconds, and besides for each row: it computes no slower.
+    pub fn saying(self, step_s: f64, row_s: f64) -> Self {
+        FakeRunner { step_s, row_s, ..self }
     }
 
     /// Blocks copied so far.
@@ -326,7 +336,8 @@ impl StepRunner for FakeRunner {
                 tokens.push(self.sampled(at as u32, draw, logits, wanted));
             }
         }
-        self.in_flight.push_back((StepOutcome { step: plan.step, tokens, seconds: 0.0 }, touches));
+        let seconds = self.step_s + self.row_s * plan.rows() as f64;
+        self.in_flight.push_back((StepOutcome { step: plan.step, tokens, seconds }, touches));
         Ok(Ticket(plan.step))
     }
 

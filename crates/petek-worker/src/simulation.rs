@@ -459,9 +459,18 @@ impl Episode {
                         self.clients.remove(&request);
                     }
                 }
-                Event::Refused { request, refusal } => {
+                Event::Refused { request, refusal, unfinished } => {
                     let client = self.clients.remove(&request).expect("refused after its end");
                     self.check_refusal(&client, &refusal);
+                    let at_once = [Reason::QueueFull, Reason::PoolExceeded].contains(&refusal.reason());
+                    assert_eq!(unfinished.len(), if at_once { 0 } else { client.open.len() });
+                    for (index, usage) in unfinished {
+                        let open = &client.open[&index];
+                        assert_eq!(usage.output_tokens, open.resumed + open.seen);
+                        assert!(
+                            (usage.cached_tokens..=client.prompt.len() as u32).contains(&usage.prompt_tokens)
+                        );
+                    }
                     *self.seen.refusals.entry(refusal.reason()).or_default() += 1;
                 }
             }

@@ -1,13 +1,11 @@
 //! Trains the demo model and writes its folder: see `tests/README.md`. `--texts N` prints N texts of the
 //! corpus.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use petek_tests::demo::corpus::document;
 use petek_tests::demo::train::Training;
-use petek_tests::need;
+use petek_tests::demo::{self, corpus::document};
 use petek_tests::random::Random;
 
 fn main() -> ExitCode {
@@ -22,7 +20,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let mut training = Training { seed: 1, steps: 1000 };
-    let mut out: PathBuf = need::root().join("crates/petek/demo");
+    let mut out = demo::dir();
     let mut args = std::env::args().skip(1);
     while let Some(flag) = args.next() {
         let value = args.next().with_context(|| format!("{flag} wants a value"))?;

@@ -6,5 +6,14 @@ pub mod model;
 pub mod train;
 pub mod world;
 
+use std::path::PathBuf;
+
+use crate::need;
+
+/// The folder that is committed.
+pub fn dir() -> PathBuf {
+    need::root().join("crates/petek/demo")
+}
+
 #[cfg(test)]
 mod tests;

@@ -3,22 +3,17 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
-use std::path::PathBuf;
 
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::corpus::{CHAT_TEMPLATE, END_OF_TEXT, MESSAGE_END, MESSAGE_START, document};
+use super::dir;
 use super::model::Llama;
 use super::train::{AdamW, gradients, shape};
 use crate::llama::{LlamaShape, read_weights};
-use crate::need;
 use crate::random::Random;
-
-fn dir() -> PathBuf {
-    need::root().join("crates/petek/demo")
-}
 
 fn json(name: &str) -> Value {
     serde_json::from_str(&fs::read_to_string(dir().join(name)).unwrap()).unwrap()

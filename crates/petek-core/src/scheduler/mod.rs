@@ -203,13 +203,13 @@ impl Scheduler {
         self.last_request.0 += 1;
         let number = self.last_request;
         if let Err(refusal) = self.check_new(&new) {
-            self.events.push(Event::Refused { request: number, refusal });
+            self.events.push(Event::Refused { request: number, refusal, unfinished: Vec::new() });
             return number;
         }
         let request = self.request_of(number, &new);
         let uncached = self.uncached_tokens(&request.prompt, &request.prompt_hashes);
         if let Err(refusal) = self.check_deadline(new.deadline, now, uncached) {
-            self.events.push(Event::Refused { request: number, refusal });
+            self.events.push(Event::Refused { request: number, refusal, unfinished: Vec::new() });
             return number;
         }
         let key = self.requests.insert(request);
@@ -269,13 +269,29 @@ impl Scheduler {
             running: self.running.len() + self.forks.len(),
             blocks_free: self.pool.available() + self.pool.in_limbo(),
             step_s: self.pace.step_s(),
+            step_one_more_s: self.pace.step_one_more_s(),
             prefill_tokens_per_s: self.pace.prefill_tokens_per_s(),
         }
+    }
+
+    /// Begins to count anew: a warm-up is nobody's work.
+    pub fn forget_totals(&mut self) {
+        self.counters = Counters::default();
+    }
+
+    /// Begins to measure anew: the first steps of all, on cold memory, are no measure of what comes.
+    pub fn forget_pace(&mut self) {
+        self.pace = Pace::default();
     }
 
     /// Totals since the start.
     pub fn counters(&self) -> Counters {
         self.counters
+    }
+
+    /// What it was given at its start.
+    pub fn config(&self) -> &SchedulerConfig {
+        &self.config
     }
 
     /// The pool, to look at: its digest and snapshot are for routers.
@@ -386,13 +402,9 @@ impl Scheduler {
             request: request.number,
             index: sequence.index,
             reason,
-            usage: Usage {
-                prompt_tokens: match reason {
-                    FinishReason::Cancelled => request.prompt_done,
-                    _ => request.prompt.len() as u32,
-                },
-                cached_tokens: request.cached_tokens.unwrap_or(0),
-                output_tokens: sequence.output_tokens(),
+            usage: match reason {
+                FinishReason::Cancelled => sequence.usage(request),
+                _ => Usage { prompt_tokens: request.prompt.len() as u32, ..sequence.usage(request) },
             },
         });
         if request.sequences.is_empty() {
@@ -404,12 +416,14 @@ impl Scheduler {
 
     /// Ends a request with all its sequences.
     fn refuse(&mut self, key: RequestKey, refusal: Refusal) {
+        let mut unfinished = Vec::new();
         for sequence in std::mem::take(&mut self.requests[key].sequences) {
             self.vacate(sequence);
-            self.sequences.remove(sequence);
+            let sequence = self.sequences.remove(sequence);
+            unfinished.push((sequence.index, sequence.usage(&self.requests[key])));
         }
         let request = self.requests[key].number;
-        self.events.push(Event::Refused { request, refusal });
+        self.events.push(Event::Refused { request, refusal, unfinished });
         self.forget(key);
     }
 

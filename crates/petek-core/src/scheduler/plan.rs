@@ -143,6 +143,7 @@ impl Scheduler {
     pub(super) fn preempt(&mut self, key: SequenceKey) {
         if matches!(self.sequences[key].state, State::Running(_)) {
             self.counters.preemptions += 1;
+            self.sequences[key].preemptions += 1;
         }
         self.vacate(key);
         self.sequences[key].hit_blocks = 0;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{FinishReason, NewSequence};
+use super::{FinishReason, NewSequence, Usage};
 use crate::hash::{BlockHash, BlockHasher};
 use crate::ids::{BlockId, RequestNumber, SlotId, StepNumber, TokenId};
 use crate::plan::{SlotSampling, SpanSample};
@@ -71,6 +71,8 @@ pub(super) struct Sequence {
     pub(super) blocks: Vec<BlockId>,
     /// How many of `blocks`, from the first, the last admission found in the cache.
     pub(super) hit_blocks: usize,
+    /// How often it lost its blocks to an older sequence.
+    pub(super) preemptions: u32,
 }
 
 #[derive(Debug)]
@@ -149,6 +151,7 @@ impl Sequence {
             state: State::Dormant,
             blocks: Vec::new(),
             hit_blocks: 0,
+            preemptions: 0,
         }
     }
 
@@ -164,6 +167,16 @@ impl Sequence {
             self.resumed_ids.len() as u32
         } else {
             self.ids.len() as u32 - self.prompt_tokens
+        }
+    }
+
+    /// What it took until now.
+    pub(super) fn usage(&self, request: &Request) -> Usage {
+        Usage {
+            prompt_tokens: request.prompt_done,
+            cached_tokens: request.cached_tokens.unwrap_or(0),
+            output_tokens: self.output_tokens(),
+            preemptions: self.preemptions,
         }
     }
 

@@ -140,7 +140,7 @@ impl Engine {
 
     fn refusal(&self, number: RequestNumber) -> Option<&Refusal> {
         self.events.iter().find_map(|event| match event {
-            Event::Refused { request, refusal } if *request == number => Some(refusal),
+            Event::Refused { request, refusal, .. } if *request == number => Some(refusal),
             _ => None,
         })
     }
@@ -164,7 +164,12 @@ fn a_prompt_is_computed_but_for_what_is_cached() {
             let number = engine.submit(request(prompt(tokens), at_most(1)));
             let before = engine.scheduler.counters();
             let plans = engine.run();
-            let usage = Usage { prompt_tokens: tokens as u32, cached_tokens: cached, output_tokens: 1 };
+            let usage = Usage {
+                prompt_tokens: tokens as u32,
+                cached_tokens: cached,
+                output_tokens: 1,
+                ..Usage::default()
+            };
             assert_eq!(engine.ends(number), [(0, FinishReason::Length, usage)]);
             assert_eq!(engine.admitted(number), Some(cached));
             assert_eq!(rows(&plans), tokens - cached as usize, "{tokens} tokens, {step_rows} rows a step");
@@ -184,7 +189,7 @@ fn a_prompt_is_no_hit_of_its_own_siblings() {
         let number = engine.submit(request(prompt(64), RawParams { n: Some(3), ..at_most(5) }));
         engine.run();
         assert_eq!(engine.admitted(number), Some(cached));
-        let usage = Usage { prompt_tokens: 64, cached_tokens: cached, output_tokens: 5 };
+        let usage = Usage { prompt_tokens: 64, cached_tokens: cached, output_tokens: 5, ..Usage::default() };
         let mut ends = engine.ends(number);
         ends.sort_by_key(|end| end.0);
         assert_eq!(ends, [0, 1, 2].map(|index| (index, FinishReason::Length, usage)));
@@ -281,8 +286,9 @@ fn the_youngest_is_preempted_and_its_output_kept() {
         (engine.admitted(cold), engine.admitted(old), engine.admitted(young)),
         (Some(0), Some(32), Some(0))
     );
-    for (number, prompt_tokens, cached_tokens) in [(old, 48, 32), (young, 40, 0)] {
-        let usage = Usage { prompt_tokens, cached_tokens, output_tokens: 60 };
+    let preempted = engine.scheduler.counters().preemptions as u32;
+    for (number, prompt_tokens, cached_tokens, preemptions) in [(old, 48, 32, 0), (young, 40, 0, preempted)] {
+        let usage = Usage { prompt_tokens, cached_tokens, output_tokens: 60, preemptions };
         assert_eq!(engine.ends(number), [(0, FinishReason::Length, usage)]);
         let positions = engine.events.iter().filter_map(|event| match event {
             Event::Token { request, position, .. } if *request == number => Some(*position),
@@ -353,7 +359,12 @@ fn sequences_end_at_eos_stop_ids_and_length() {
             assert!(engine.ends(number).is_empty());
             engine.step_with(|plan| outcome(plan, |_| Draw::Token(*id))).unwrap();
         }
-        let usage = Usage { prompt_tokens: 3, cached_tokens: 0, output_tokens: drawn.len() as u32 };
+        let usage = Usage {
+            prompt_tokens: 3,
+            cached_tokens: 0,
+            output_tokens: drawn.len() as u32,
+            ..Usage::default()
+        };
         assert_eq!(engine.ends(number), [(0, reason, usage)]);
         assert!(engine.scheduler.is_idle() && engine.step().is_none());
     };
@@ -388,7 +399,7 @@ fn resumed_tokens_are_computed_and_never_reported() {
     {
         let number = engine.submit(request(prompt(10), raw));
         assert_eq!(engine.admitted(number), Some(0));
-        let usage = Usage { prompt_tokens: 10, cached_tokens: 0, output_tokens: 2 };
+        let usage = Usage { prompt_tokens: 10, cached_tokens: 0, output_tokens: 2, ..Usage::default() };
         assert_eq!(engine.ends(number), [(0, reason, usage)]);
         assert!(engine.scheduler.is_idle());
     }

@@ -73,6 +73,8 @@ pub enum Event {
         request: RequestNumber,
         /// Why.
         refusal: Refusal,
+        /// Its sequences that had not finished, with what they took; none where it was refused as it came.
+        unfinished: Vec<(u32, Usage)>,
     },
 }
 
@@ -107,12 +109,14 @@ pub enum FinishReason {
 /// What a sequence took. Prompt and cached tokens are the request's: with n sequences they are counted once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Tokens of the prompt; of a cancelled request those that were computed or cached until then.
+    /// Tokens of the prompt; where it ended early, those that were computed or cached until then.
     pub prompt_tokens: u32,
     /// Those of them that need not be computed, at the first admission.
     pub cached_tokens: u32,
     /// Output, resumed tokens included.
     pub output_tokens: u32,
+    /// How often its blocks went to an older sequence.
+    pub preemptions: u32,
 }
 
 /// What a router wants to know of a worker before it sends more.
@@ -128,6 +132,8 @@ pub struct Load {
     pub blocks_free: usize,
     /// Recent time of a step, in seconds, once one was measured.
     pub step_s: Option<f64>,
+    /// What a step would take with one more sequence that decodes, in seconds; never less than `step_s`.
+    pub step_one_more_s: Option<f64>,
     /// Recent rate of prefill, once one was measured.
     pub prefill_tokens_per_s: Option<f64>,
 }

@@ -39,12 +39,15 @@ pub struct InputRows<'a> {
     inputs: usize,
 }
 
-/// Where a product goes: f32, `[rows, width]`, row-major. Lanes write it at once, each its own columns.
+/// Where a product goes: f32, `[rows, width]`, row-major, a row perhaps going on behind it. Lanes write it at once, each its
+/// own columns.
 #[derive(Clone, Copy, Debug)]
 pub struct OutputRows<'a> {
     data: *mut f32,
     rows: usize,
     width: usize,
+    /// From one row to the next.
+    stride: usize,
     borrows: PhantomData<&'a mut [f32]>,
 }
 
@@ -238,15 +241,30 @@ impl<'a> OutputRows<'a> {
     /// *Panics*: if that is no whole number of rows.
     pub fn new(values: &'a mut [f32], width: usize) -> OutputRows<'a> {
         assert!(values.len().is_multiple_of(width), "{} numbers in rows of {width}", values.len());
-        OutputRows { data: values.as_mut_ptr(), rows: values.len() / width, width, borrows: PhantomData }
+        let rows = values.len() / width;
+        OutputRows { data: values.as_mut_ptr(), rows, width, stride: width, borrows: PhantomData }
     }
 
-    /// The same from an address.
+    /// The same from an address, the first `width` of each `stride` numbers.
+    ///
+    /// *Panics*: if the rows are wider than their stride.
     ///
     /// # Safety
-    /// `data` is valid for reads and writes of `rows × width` f32 for as long as the view is used.
-    pub unsafe fn from_raw(data: *mut f32, rows: usize, width: usize) -> OutputRows<'a> {
-        OutputRows { data, rows, width, borrows: PhantomData }
+    /// `data` is valid for reads and writes of `rows × stride` f32 for as long as the view is used.
+    pub unsafe fn from_raw(data: *mut f32, rows: usize, width: usize, stride: usize) -> OutputRows<'a> {
+        assert!(width <= stride, "rows of {width} numbers, one every {stride}");
+        OutputRows { data, rows, width, stride, borrows: PhantomData }
+    }
+
+    /// Writes zeros behind the product, where `row` goes on.
+    ///
+    /// # Safety
+    /// Nobody else touches that part of the row.
+    pub unsafe fn zero_rest(&self, row: usize) {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        let rest = self.width..self.stride;
+        // SAFETY: inside the row, which the memory holds; alone by the caller.
+        unsafe { self.data.add(row * self.stride + rest.start).write_bytes(0, rest.len()) };
     }
 
     /// A part of a row.
@@ -258,7 +276,7 @@ impl<'a> OutputRows<'a> {
         assert!(row < self.rows && columns.end <= self.width, "row {row}, columns {columns:?}");
         // SAFETY: inside the memory by the assertion; alone by the caller.
         unsafe {
-            std::slice::from_raw_parts_mut(self.data.add(row * self.width + columns.start), columns.len())
+            std::slice::from_raw_parts_mut(self.data.add(row * self.stride + columns.start), columns.len())
         }
     }
 }

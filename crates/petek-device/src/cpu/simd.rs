@@ -56,6 +56,13 @@ pub struct Simd {
     weight_bytes_read: AtomicU64,
 }
 
+/// What an executor has loaded, to be computed with by others as well: read-only, held once, cheap to clone.
+#[derive(Clone)]
+pub struct SharedWeights {
+    activation: Format,
+    weights: Weights,
+}
+
 /// What is loaded: shared by the executors of one process, read-only.
 #[derive(Clone, Default)]
 struct Weights {
@@ -160,11 +167,7 @@ impl Simd {
     /// or pinned.
     pub fn new(options: SimdOptions, activation: Format, collective: Arc<dyn Collective>) -> Result<Self> {
         let report = Isa::choose(options.isa)?;
-        let pool = Pool::new(options.pool).map_err(|source| DeviceError::Memory {
-            what: "compute threads".to_owned(),
-            bytes: 0,
-            source,
-        })?;
+        let pool = Pool::new(options.pool).map_err(DeviceError::Threads)?;
         let lanes = (0..pool.threads())
             .map(|_| {
                 let own = LaneOwn {
@@ -190,13 +193,21 @@ impl Simd {
         })
     }
 
-    /// Another executor over this one's loaded weights: handles mean the same, the memory is held once.
+    /// The loaded weights, for other executors of this process.
+    pub fn weights(&self) -> SharedWeights {
+        SharedWeights { activation: self.activation, weights: self.weights.clone() }
+    }
+
+    /// An executor over weights that another one loaded: handles mean the same, the memory is held once.
     ///
     /// *Errors*: as [`Simd::new`].
-    pub fn sibling(&self, options: SimdOptions) -> Result<Self> {
-        let mut sibling = Self::new(options, self.activation, self.collective.clone())?;
-        sibling.weights = self.weights.clone();
-        Ok(sibling)
+    pub fn over(
+        weights: SharedWeights,
+        options: SimdOptions,
+        collective: Arc<dyn Collective>,
+    ) -> Result<Self> {
+        let SharedWeights { activation, weights } = weights;
+        Ok(Self { weights, ..Self::new(options, activation, collective)? })
     }
 
     /// The instructions in use, and any that failed their self-test.
@@ -558,11 +569,16 @@ impl Run<'_> {
                 };
                 let matmul =
                     Matmul::new(self.isa_matmul, weights, inputs.rows(rows, weights.inputs()), epilogue);
+                // A stored product may be narrower than its buffer (a rank's last rows of the vocabulary): zeros follow.
+                let stride = self.width(out);
+                let width = if then == Then::Store { matmul.width().min(stride) } else { stride };
                 // SAFETY: the buffer holds `rows` rows of its width; the inputs were filled in the phase before; this phase's
-                // counter gives each unit of columns to one lane; a lane's room is its own.
+                // counter gives each unit of columns to one lane, and what follows them is shared out by rows; a lane's room
+                // is its own.
                 unsafe {
-                    let out = OutputRows::from_raw(self.buffer(out).data.as_ptr(), rows, self.width(out));
+                    let out = OutputRows::from_raw(self.buffer(out).data.as_ptr(), rows, width, stride);
                     matmul.run(tasks, lane.threads(), out, &mut self.own(lane).matmul);
+                    lane.share(rows).for_each(|row| out.zero_rest(row));
                 }
             }
             Phase::RopeKv { qkv, layer, q } => {

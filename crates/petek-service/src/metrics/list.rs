@@ -64,6 +64,54 @@ labels! {
 }
 
 labels! {
+    /// What a worker's KV events said of blocks.
+    KvChange, "change":
+    /// They can be found there now.
+    Stored "stored",
+    /// They cannot any more.
+    Removed "removed",
+    /// They were removed and had not been there: skipped.
+    Unknown "unknown",
+}
+
+labels! {
+    /// What became of a batch of KV events.
+    KvBatchFate, "fate":
+    /// It is in the index.
+    Applied "applied",
+    /// It was there already: dropped.
+    Repeated "repeated",
+}
+
+labels! {
+    /// Why a worker's KV events had to be asked for again.
+    KvRelapse, "cause":
+    /// Batches were missing.
+    Gap "gap",
+    /// Blocks were stored behind one that was not there.
+    Stray "stray",
+    /// Worker and index differed in what is held.
+    Digest "digest",
+    /// The worker no longer had what was missed.
+    Behind "behind",
+    /// The worker had started again.
+    Epoch "epoch",
+    /// It was nothing that a worker says.
+    Protocol "protocol",
+    /// The stream broke or fell silent.
+    Lost "lost",
+}
+
+labels! {
+    /// Whom a router does not believe, by the silence of load reports.
+    Suspect, "suspect":
+    /// A worker: it gets no new work until it is heard of.
+    Worker "worker",
+    /// Itself: too many were silent at once, or its own timer was late.
+    Router "router",
+}
+
+labels! {
     /// What a block of the KV cache is doing.
     BlockState, "state":
     /// Nothing: it holds no tokens.
@@ -96,6 +144,26 @@ pub struct RouterMetrics {
     pub records_bad: Counter,
     /// Differences between the watched view and a full list.
     pub view_differences: Counter,
+    /// Blocks that KV events named, by what became of them.
+    pub kv_blocks: Counters<KvChange>,
+    /// Batches of KV events, by what became of them.
+    pub kv_batches: Counters<KvBatchFate>,
+    /// Times that a worker's KV events had to be asked for again, by cause.
+    pub kv_relapses: Counters<KvRelapse>,
+    /// Snapshots of workers' caches that were read to their end.
+    pub kv_snapshots: Counter,
+    /// Blocks in the prefix index, each once.
+    pub index_blocks: Gauge,
+    /// Pairs of a block and a worker that holds it.
+    pub index_holder_blocks: Gauge,
+    /// Memory of the prefix index.
+    pub index_bytes: Gauge,
+    /// Pairs of a block and a worker that the index forgot for want of room.
+    pub index_forgotten: Counter,
+    /// Prompts whose blocks were not predicted for want of room.
+    pub index_unpredicted: Counter,
+    /// Times that workers fell silent, by whom the router then suspected.
+    pub suspicions: Counters<Suspect>,
 }
 
 /// The metrics of a router for one model.
@@ -135,6 +203,38 @@ impl RouterMetrics {
             view_differences: all.counter(
                 "petek_router_view_differences_total",
                 "Differences between the watched view of the registry and a full list.",
+            ),
+            kv_blocks: all.counters(
+                "petek_router_kv_blocks_total",
+                "Blocks that workers' KV events named, by what became of them.",
+            ),
+            kv_batches: all
+                .counters("petek_router_kv_batches_total", "Batches of KV events, by what became of them."),
+            kv_relapses: all.counters(
+                "petek_router_kv_relapses_total",
+                "Times that a worker's KV events had to be asked for again, by cause.",
+            ),
+            kv_snapshots: all.counter(
+                "petek_router_kv_snapshots_total",
+                "Snapshots of workers' caches that were read to their end.",
+            ),
+            index_blocks: all.gauge("petek_router_index_blocks", "Blocks in the prefix index, each once."),
+            index_holder_blocks: all.gauge(
+                "petek_router_index_holder_blocks",
+                "Pairs of a block in the prefix index and a worker that holds it.",
+            ),
+            index_bytes: all.gauge("petek_router_index_bytes", "Memory of the prefix index."),
+            index_forgotten: all.counter(
+                "petek_router_index_forgotten_total",
+                "Pairs of a block and a worker that the prefix index forgot for want of room.",
+            ),
+            index_unpredicted: all.counter(
+                "petek_router_index_unpredicted_total",
+                "Prompts whose blocks were not predicted for want of room.",
+            ),
+            suspicions: all.counters(
+                "petek_router_suspicions_total",
+                "Times that workers fell silent, by whom the router then suspected.",
             ),
             registry: registry.clone(),
             models: RwLock::default(),
@@ -221,6 +321,14 @@ pub struct WorkerMetrics {
     pub cached_tokens: Counter,
     /// Tokens drawn.
     pub output_tokens: Counter,
+    /// From a request's arrival to its place in the batch.
+    pub queue_seconds: Histogram,
+    /// Requests that ended because the model's numbers were not finite.
+    pub numerical_errors: Counter,
+    /// Streams of routers that are open.
+    pub streams_open: Gauge,
+    /// Streams that were ended because their router did not read them.
+    pub streams_cut: Counter,
     /// Steps of the engine.
     pub steps: Counter,
     /// One step, from its plan to its outcome.
@@ -245,6 +353,16 @@ impl WorkerMetrics {
                 "Tokens of admitted prompts that the cache held.",
             ),
             output_tokens: scope.counter("petek_worker_output_tokens_total", "Tokens drawn."),
+            queue_seconds: scope.histogram(
+                "petek_worker_queue_seconds",
+                "From a request's arrival to its place in the batch.",
+                &TTFT_SECONDS,
+            ),
+            numerical_errors: scope
+                .counter("petek_worker_numerical_errors_total", "Requests whose logits were not finite."),
+            streams_open: scope.gauge("petek_worker_streams_open", "Open streams of routers."),
+            streams_cut: scope
+                .counter("petek_worker_streams_cut_total", "Streams that their router did not read."),
             steps: scope.counter("petek_worker_steps_total", "Steps of the engine."),
             step_seconds: scope.histogram(
                 "petek_worker_step_seconds",
