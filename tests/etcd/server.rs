@@ -9,7 +9,8 @@ use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{OnceLock, mpsc};
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -24,6 +25,8 @@ kill -9 $pid; wait $pid
 [ -z "$remove" ] || rm -rf "$remove"
 "#;
 
+/// Far longer than a start takes on a busy machine.
+const START_MAX: Duration = Duration::from_secs(60);
 /// Free ports may be taken by another process before etcd takes them.
 const STARTS_MAX: usize = 5;
 
@@ -146,17 +149,19 @@ impl Etcd {
             .read_line(&mut pid)
             .expect("read etcd's id");
         let pid = pid.trim().parse().expect("a process id is a number");
-        let mut log = BufReader::new(keeper.stderr.take().expect("it is piped"));
-        let serves = loop {
-            let mut line = String::new();
-            match log.read_line(&mut line) {
-                Ok(0) | Err(_) => break false,
-                Ok(_) if line.contains("ready to serve client requests") => break true,
-                Ok(_) => {}
+        let log = BufReader::new(keeper.stderr.take().expect("it is piped"));
+        let (says, said) = mpsc::channel();
+        // Read to its end: etcd would stand still once the pipe is full.
+        std::thread::spawn(move || {
+            for line in log.lines().map_while(Result::ok) {
+                if line.contains("serving client traffic") {
+                    // Nobody may be waiting any more.
+                    let _ = says.send(true);
+                }
             }
-        };
-        // Or it would stand still once the pipe is full.
-        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+            let _ = says.send(false);
+        });
+        let serves = said.recv_timeout(START_MAX).unwrap_or(false);
         self.process = Some((keeper, pid));
         if !serves {
             self.kill();

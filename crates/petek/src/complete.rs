@@ -11,21 +11,13 @@ use std::time::Instant;
 use clap::Args;
 use petek_core::ids::{BlockId, SlotId, StepNumber};
 use petek_core::plan::{Draw, SlotFill, SlotSampling, Span, SpanInput, SpanSample, StepPlan};
-use petek_device::collective::Threads;
-use petek_device::cpu::pool::PoolOptions;
-use petek_device::cpu::simd::{Simd, SimdOptions};
-use petek_device::ops::{Format, StepCapacity};
-use petek_model::LoadError;
-use petek_model::decoder::{Decoder, DecoderOptions};
-use petek_model::folder::{ModelFolder, Texts};
+use petek_device::ops::Format;
+use petek_model::folder::ModelFolder;
 use petek_model::group::{GroupError, RankGroup};
-use petek_model::rank::{LogitsHash, Rank, Sampler};
-use petek_model::shard::Shard;
+use petek_model::rank::LogitsHash;
+use petek_model::replica::{CpuModel, CpuOptions, ReplicaOptions};
 use petek_service::{Exit, Failure};
-use petek_text::{
-    AddedSpecials, CardFile, ControlText, ModelCard, ModelText, Output, OutputOptions, SpecialText,
-    StopStrings,
-};
+use petek_text::{AddedSpecials, ControlText, ModelText, Output, OutputOptions, SpecialText, StopStrings};
 
 /// Continues a text on this machine's CPU and prints it as it comes.
 #[derive(Args, Debug)]
@@ -84,7 +76,7 @@ impl Complete {
             crate::print_warning(&warning.0);
         }
         let began = Instant::now();
-        let text = ModelText::load(&card_of(&folder.texts), &|| began.elapsed())
+        let text = ModelText::load(&crate::card::card_of(&folder.texts), &|| began.elapsed())
             .map_err(|e| configuration(e.to_string()))?;
         let prompt = text
             .tokenizer
@@ -100,8 +92,8 @@ impl Complete {
             return Err(Failure::new(Exit::Usage, what, "give another text"));
         }
         let max_tokens = (self.max_tokens as usize).min(room);
-        let mut group =
-            self.group(folder, prompt.len() + max_tokens).map_err(|e| configuration(e.to_string()))?;
+        let drawn = text.tokenizer.tokens().len();
+        let mut group = self.group(folder, prompt.len() + max_tokens, drawn).map_err(configuration)?;
 
         let options = OutputOptions {
             special: SpecialText::Skipped,
@@ -138,24 +130,21 @@ impl Complete {
     }
 
     /// The ranks, with a cache for `tokens` tokens.
-    fn group(&self, folder: ModelFolder, tokens: usize) -> Result<RankGroup, GroupError> {
-        let format = self.dtype.unwrap_or_else(|| folder.weights.format());
+    fn group(&self, folder: ModelFolder, tokens: usize, drawn: usize) -> Result<RankGroup, String> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let ranks = self.tp.max(1);
-        let threads = (self.threads.unwrap_or(cores) / ranks).max(1);
-        let build = move |rank: usize, collective| -> Result<Rank, LoadError> {
-            let shard = Shard::plan(&folder.config, ranks)?.remove(rank);
-            let pool = PoolOptions { threads, threads_beside: (ranks - 1) * threads, cores: Vec::new() };
-            let ops = Simd::new(SimdOptions { pool, isa: None }, format, collective)?;
-            let options =
-                DecoderOptions { format, context: tokens, vocabulary_drawn: folder.config.vocabulary };
-            let decoder = Decoder::load(Box::new(ops), &folder.config, shard, &folder.weights, options)?;
-            let blocks = tokens.div_ceil(BLOCK_TOKENS);
-            let capacity = StepCapacity { rows: CHUNK, spans: 1, picks: 1, blocks_per_span: blocks };
-            let sampler = if rank == 0 { Sampler::Here } else { Sampler::Elsewhere };
-            Ok(Rank::new(decoder, 1, BLOCK_TOKENS, blocks, capacity, sampler, LogitsHash::Off)?)
+        let options =
+            CpuOptions { format: self.dtype, tp: self.tp.max(1), context: tokens, vocabulary_drawn: drawn };
+        let model = Arc::new(CpuModel::new(folder, options).map_err(|error| error.to_string())?);
+        let replica = ReplicaOptions {
+            threads: self.threads.unwrap_or(cores),
+            threads_beside: 0,
+            block_tokens: BLOCK_TOKENS,
+            blocks: tokens.div_ceil(BLOCK_TOKENS),
+            slots: 1,
+            step_rows: CHUNK,
+            logits_hash: LogitsHash::Off,
         };
-        RankGroup::start::<LoadError>(Threads::group(ranks, threads), Arc::new(build))
+        model.start(replica).map_err(|error| error.to_string())
     }
 
     /// Prefill in chunks, then one token a step, until `take` says no.
@@ -216,21 +205,4 @@ impl Complete {
         }
         Ok(())
     }
-}
-
-/// The folder's text files as a model card.
-fn card_of(texts: &Texts) -> ModelCard {
-    let mut card = ModelCard::default();
-    card.insert(CardFile::Config, texts.config.clone());
-    for (file, bytes) in [
-        (CardFile::GenerationConfig, &texts.generation),
-        (CardFile::Tokenizer, &texts.tokenizer),
-        (CardFile::TokenizerConfig, &texts.tokenizer_config),
-        (CardFile::ChatTemplate, &texts.chat_template),
-    ] {
-        if let Some(bytes) = bytes {
-            card.insert(file, bytes.clone());
-        }
-    }
-    card
 }

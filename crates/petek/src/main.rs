@@ -1,8 +1,27 @@
 //! The `petek` command: one file per subcommand, arguments checked here, work done elsewhere.
 
-mod bench_step;
+mod serve;
+
 mod complete;
+
+mod card;
 mod demo;
+
+mod bench_step;
+
+mod chat;
+mod generate;
+mod models;
+mod routes;
+mod workers;
+
+mod answer;
+mod client;
+mod json;
+mod output;
+mod ports;
+mod request;
+mod table;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -21,6 +40,15 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    Up(Box<serve::up::Up>),
+    Worker(Box<serve::worker::Worker>),
+    Router(Box<serve::router::Router>),
+    Generate(generate::Generate),
+    Chat(chat::Chat),
+    Models(models::Models),
+    Workers(workers::Workers),
+    #[command(subcommand)]
+    Routes(routes::Routes),
     Complete(complete::Complete),
     /// Measures this machine and a model on it.
     #[command(subcommand)]
@@ -47,6 +75,14 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<(), Failure> {
     limit_core_dumps()?;
     match command {
+        Command::Up(up) => up.run(),
+        Command::Worker(worker) => worker.run(),
+        Command::Router(router) => router.run(),
+        Command::Generate(generate) => generate.run(),
+        Command::Chat(chat) => chat.run(),
+        Command::Models(models) => models.run(),
+        Command::Workers(workers) => workers.run(),
+        Command::Routes(routes) => routes.run(),
         Command::Complete(complete) => complete.run(),
         Command::Bench(Bench::Step(bench)) => bench.run(),
     }

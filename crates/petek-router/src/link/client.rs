@@ -1,0 +1,115 @@
+//! Connections to workers, with every limit set.
+
+use std::time::Duration;
+
+use petek_core::limits::{link, listener};
+use petek_proto::hello::{CLUSTER_TOKEN_KEY, WIRE};
+use petek_proto::worker::v1::RouterHello;
+use petek_proto::worker::v1::worker_service_client::WorkerServiceClient;
+use petek_service::Counter;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+
+use crate::settings::LinkSettings;
+
+/// A worker's service behind the cluster's token.
+pub(crate) type Client = WorkerServiceClient<InterceptedService<Channel, ClusterToken>>;
+
+/// Opens connections to workers. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Dialler {
+    settings: LinkSettings,
+    token: ClusterToken,
+    router_id: u64,
+    records_bad: Counter,
+}
+
+/// Puts the cluster's token into every call.
+#[derive(Clone)]
+pub(crate) struct ClusterToken(Option<MetadataValue<Ascii>>);
+
+impl ClusterToken {
+    /// None where the text cannot stand in a header.
+    pub(crate) fn new(token: Option<&str>) -> Option<Self> {
+        let Some(token) = token else { return Some(ClusterToken(None)) };
+        let mut value: MetadataValue<Ascii> = token.parse().ok()?;
+        value.set_sensitive(true);
+        Some(ClusterToken(Some(value)))
+    }
+}
+
+impl Interceptor for ClusterToken {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(token) = &self.0 {
+            request.metadata_mut().insert(CLUSTER_TOKEN_KEY, token.clone());
+        }
+        Ok(request)
+    }
+}
+
+impl Dialler {
+    pub(crate) fn new(
+        settings: LinkSettings,
+        token: ClusterToken,
+        router_id: u64,
+        records_bad: Counter,
+    ) -> Self {
+        Dialler { settings, token, router_id, records_bad }
+    }
+
+    pub(crate) fn settings(&self) -> &LinkSettings {
+        &self.settings
+    }
+
+    /// This router's random id.
+    pub(crate) fn router_id(&self) -> u64 {
+        self.router_id
+    }
+
+    pub(crate) fn count_bad_record(&self) {
+        self.records_bad.inc();
+    }
+
+    /// How this router names itself. `stream` counts its Execute streams to one worker.
+    pub(crate) fn hello(&self, stream: u32) -> RouterHello {
+        RouterHello { router_id: self.router_id, wire: Some(WIRE), stream }
+    }
+
+    /// Connects to the first of the addresses that answers.
+    ///
+    /// # Errors
+    /// The last address's failure.
+    pub(crate) async fn dial(&self, addresses: &[String]) -> Result<Client, Status> {
+        let mut failure = Status::unavailable("the record has no address");
+        for address in addresses {
+            match self.dial_one(address).await {
+                Ok(client) => return Ok(client),
+                Err(error) => failure = Status::unavailable(format!("connect to {address}: {error}")),
+            }
+        }
+        Err(failure)
+    }
+
+    async fn dial_one(&self, address: &str) -> Result<Client, tonic::transport::Error> {
+        let ms = Duration::from_millis;
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+            .connect_timeout(ms(self.settings.connect_ms_max))
+            .tcp_nodelay(true)
+            .http2_adaptive_window(false)
+            .initial_stream_window_size(link::STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(link::CONNECTION_WINDOW_BYTES)
+            .http2_max_header_list_size(listener::HEADER_LIST_BYTES)
+            .http2_keep_alive_interval(ms(self.settings.ping_interval_ms))
+            .keep_alive_timeout(ms(self.settings.ping_timeout_ms))
+            .keep_alive_while_idle(true);
+        let channel = endpoint.connect().await?;
+        let client = WorkerServiceClient::with_interceptor(channel, self.token.clone())
+            // A prompt's ids go up, a step's tokens and logprobs come down: both stay below.
+            .max_encoding_message_size(listener::MESSAGE_TRANSPORT_BYTES_MAX)
+            .max_decoding_message_size(listener::MESSAGE_TRANSPORT_BYTES_MAX);
+        Ok(client)
+    }
+}
