@@ -1,7 +1,7 @@
 """Drives the public API as a user of another language does: stubs generated from proto/, and nothing of ours besides.
 
-    python -m venv target/python && target/python/bin/pip install -r tests/python/requirements.txt
-    target/python/bin/python tests/python/drive.py 127.0.0.1:7411
+    python3 -m pip install --target target/tools/python -r tests/python/requirements.txt
+    PYTHONPATH=target/tools/python python3 tests/python/drive.py 127.0.0.1:7411
 
 Prints a line per check, and ends with 1 where one failed. Serves any model: what it asks for is taken from the
 answers themselves.

@@ -24,6 +24,8 @@ enum Get {
     Npm(&'static str),
     /// A program in Go of this folder of the repository, built into `target/tools`.
     Go(&'static str),
+    /// Python packages of this list, all that they need among them, put into `target/tools/python`.
+    Pip(&'static str),
 }
 
 /// In the order to get them: npm before what comes through it.
@@ -44,7 +46,13 @@ const TOOLS: &[Tool] = &[
         name: "pip",
         check: &["python3", "-m", "pip", "--version"],
         get: &[Get::Apt(&["python3", "python3-pip"])],
-        needed_by: "`cargo xtask real-model`",
+        needed_by: "`cargo xtask real-model`, and the Python client",
+    },
+    Tool {
+        name: "grpcio",
+        check: &["python3", "-c", "import grpc_tools.protoc, google.rpc.error_details_pb2"],
+        get: &[Get::Pip("tests/python/requirements.txt")],
+        needed_by: "the test that drives the API from Python",
     },
     Tool {
         name: "npm",
@@ -102,6 +110,7 @@ pub(crate) fn command(words: &[&str]) -> Command {
     let file = std::env::split_paths(&path).map(|dir| dir.join(words[0])).find(|file| file.is_file());
     let mut command = Command::new(file.unwrap_or_else(|| words[0].into()));
     command.args(&words[1..]).env("PATH", path).current_dir(crate::root());
+    command.env("PYTHONPATH", tools_dir().join("python"));
     command
 }
 
@@ -143,6 +152,11 @@ fn get(get: &Get) -> TaskResult {
             build.arg(dir).arg(".").current_dir(crate::root().join(folder));
             build.env("GOTOOLCHAIN", "local").env("CGO_ENABLED", "0");
             call(build)
+        }
+        Get::Pip(list) => {
+            let mut install = command(&["python3", "-m", "pip", "install", "--quiet", "--no-deps"]);
+            install.args(["--upgrade", "--requirement", list, "--target"]).arg(dir.join("python"));
+            call(install)
         }
     }
 }
