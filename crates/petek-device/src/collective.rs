@@ -5,6 +5,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 /// The group failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -245,13 +246,13 @@ impl Group {
             self.meeting.arrived.store(0, Ordering::Relaxed);
             self.meeting.round.store(round.wrapping_add(1), Ordering::Release);
         }
-        let mut spins = 0_u32;
+        let mut waiting = Waiting::default();
         while self.meeting.round.load(Ordering::Acquire) == round && !self.poisoned.load(Ordering::SeqCst) {
-            wait_a_little(&mut spins);
+            waiting.go_on();
         }
         if self.poisoned.load(Ordering::SeqCst) {
             while self.working.load(Ordering::SeqCst) > 0 {
-                wait_a_little(&mut spins);
+                waiting.go_on();
             }
             let reason = self.reason.lock().unwrap_or_else(|held| held.into_inner());
             return Err(reason
@@ -269,13 +270,31 @@ impl Group {
     }
 }
 
-/// Spins a little, then gives the core away: ranks × threads may be more than the cores.
-fn wait_a_little(spins: &mut u32) {
-    *spins += 1;
-    if *spins < 200 {
-        std::hint::spin_loop();
-    } else {
-        std::thread::yield_now();
+/// A lane that waits for this long waits for one whose core somebody else has. Whoever only yields then takes part in
+/// the contest for it, and every barrier takes as many time slices as there are rivals.
+pub(crate) const LOST: Duration = Duration::from_millis(1);
+/// How long it sleeps between two looks.
+pub(crate) const NAP: Duration = Duration::from_micros(50);
+
+/// Who waits, and since when.
+#[derive(Default)]
+struct Waiting {
+    spins: u32,
+    since: Option<Instant>,
+}
+
+impl Waiting {
+    /// Spins a little, then gives the core away, for ranks × threads may be more than the cores; then sleeps, as lanes of
+    /// a pool do.
+    fn go_on(&mut self) {
+        self.spins = self.spins.saturating_add(1);
+        if self.spins < 200 {
+            std::hint::spin_loop();
+        } else if self.since.get_or_insert_with(Instant::now).elapsed() < LOST {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(NAP);
+        }
     }
 }
 

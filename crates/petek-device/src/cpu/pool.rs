@@ -19,7 +19,7 @@ use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use crate::DeviceError;
-use crate::collective;
+use crate::collective::{self, LOST, NAP};
 
 /// How long a waiting worker stays awake after a region: longer than the gap between two steps.
 const AWAKE: Duration = Duration::from_micros(200);
@@ -304,7 +304,8 @@ impl Shared {
         }
     }
 
-    /// Spins until `done`, and lends the core to others when that takes long.
+    /// Spins until `done`; lends the core to others when that takes long, and sleeps when it takes so long that another
+    /// lane must have lost its own core.
     fn wait(&self, mut done: impl FnMut() -> bool) {
         let mut since = None;
         loop {
@@ -314,7 +315,10 @@ impl Shared {
                 }
                 std::hint::spin_loop();
             }
-            if since.get_or_insert_with(Instant::now).elapsed() >= self.spin {
+            let waited = since.get_or_insert_with(Instant::now).elapsed();
+            if waited >= LOST {
+                thread::sleep(NAP);
+            } else if waited >= self.spin {
                 thread::yield_now();
             }
         }

@@ -197,7 +197,13 @@ async fn events_give_what_the_pool_holds_over_gaps_and_resumes() {
 #[tokio::test]
 async fn a_ring_that_is_too_short_means_a_snapshot_and_a_slow_subscriber_is_told_to_come_again() {
     let shape = Shape::default();
-    let feed = FeedSettings { kv_ring_batches: 4, watch_queue: 1, ..shape.settings.feed.clone() };
+    // A batch per step, so that there are more than the ring holds.
+    let feed = FeedSettings {
+        kv_ring_batches: 4,
+        watch_queue: 1,
+        kv_batch_ms_max: 0,
+        ..shape.settings.feed.clone()
+    };
     let house = Shape { settings: WorkerSettings { feed, ..shape.settings.clone() }, ..shape }.start().await;
     let mut client_of = house.client().await;
     let mut view = View::default();
