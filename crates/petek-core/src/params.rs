@@ -110,13 +110,19 @@ impl SamplingDefaults {
     pub const BUILT_IN: SamplingDefaults =
         SamplingDefaults { temperature: 1.0, top_k: None, top_p: 1.0, min_p: 0.0 };
 
-    /// Reads those of `raw` that are set, and [`Self::BUILT_IN`] for the rest. Serves a model's generation_config:
-    /// its values are held to the same ranges as a client's.
+    /// What a model's generation_config says, and [`Self::BUILT_IN`] where it says nothing: its values are held to the
+    /// same ranges as a client's. A `top_k` of 0 is off.
     ///
     /// # Errors
     /// A refusal that names the value out of range.
-    pub fn checked(raw: &RawParams) -> Result<Self, Refusal> {
-        Self::BUILT_IN.overridden_by(raw)
+    pub fn of_model(
+        temperature: Option<f32>,
+        top_k: Option<u32>,
+        top_p: Option<f32>,
+        min_p: Option<f32>,
+    ) -> Result<Self, Refusal> {
+        let top_k = top_k.map(i64::from);
+        Self::BUILT_IN.overridden_by(&RawParams { temperature, top_k, top_p, min_p, ..RawParams::default() })
     }
 
     fn overridden_by(self, raw: &RawParams) -> Result<Self, Refusal> {
@@ -236,6 +242,11 @@ impl RawParams {
                 "resumed_ids",
                 format!("are {got} tokens, but max_tokens is {max}"),
             ));
+        }
+        if !self.resumed_ids.is_empty() && self.seed.is_none() && sampling.temperature > 0.0 {
+            let problem =
+                "must be the one that the broken stream reported, for resumed_ids to go on as it would have";
+            return Err(Refusal::invalid("seed", problem));
         }
         let priority = integer("priority", self.priority, 0, crate::limits::engine::PRIORITY_MAX.into())?;
 
@@ -557,17 +568,20 @@ mod tests {
     #[test]
     fn resumed_tokens_are_output() {
         let resumed = |n: usize| vec![5; n];
-        let p = accepted(raw!(resumed_ids: resumed(8), max_tokens: Some(8)));
+        let p = accepted(raw!(seed: Some(1), resumed_ids: resumed(8), max_tokens: Some(8)));
         assert_eq!(p.max_tokens_after(&[1; 10], &model()), Ok(8));
         refused(
-            raw!(resumed_ids: resumed(9), max_tokens: Some(8)),
+            raw!(seed: Some(1), resumed_ids: resumed(9), max_tokens: Some(8)),
             "resumed_ids",
             "9 tokens, but max_tokens is 8",
         );
-        refused(raw!(resumed_ids: resumed(1), n: Some(2)), "resumed_ids", "n is 2");
-        refused(raw!(resumed_ids: vec![5, 101]), "resumed_ids[1]", "not 101");
-        let long = accepted(raw!(resumed_ids: resumed(55))).max_tokens_after(&[1; 10], &model());
+        refused(raw!(seed: Some(1), resumed_ids: resumed(1), n: Some(2)), "resumed_ids", "n is 2");
+        refused(raw!(seed: Some(1), resumed_ids: vec![5, 101]), "resumed_ids[1]", "not 101");
+        let long =
+            accepted(raw!(seed: Some(1), resumed_ids: resumed(55))).max_tokens_after(&[1; 10], &model());
         assert_eq!(long.unwrap_err().field(), Some("resumed_ids"));
+        refused(raw!(resumed_ids: resumed(1)), "seed", "the one that the broken stream reported");
+        accepted(raw!(resumed_ids: resumed(1), temperature: Some(0.0)));
     }
 
     #[test]
@@ -581,11 +595,14 @@ mod tests {
 
     #[test]
     fn a_models_own_defaults_keep_to_the_ranges_too() {
-        let good = SamplingDefaults::checked(&raw!(temperature: Some(0.6), top_k: Some(50))).unwrap();
+        let good = SamplingDefaults::of_model(Some(0.6), Some(50), None, None).unwrap();
         assert_eq!(
             good,
             SamplingDefaults { temperature: 0.6, top_k: NonZeroU32::new(50), top_p: 1.0, min_p: 0.0 }
         );
-        assert_eq!(SamplingDefaults::checked(&raw!(top_p: Some(1.5))).unwrap_err().field(), Some("top_p"));
+        assert_eq!(
+            SamplingDefaults::of_model(None, None, Some(1.5), None).unwrap_err().field(),
+            Some("top_p")
+        );
     }
 }

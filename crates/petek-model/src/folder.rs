@@ -9,7 +9,6 @@ use serde::Deserialize;
 
 use crate::LoadError;
 use crate::config::DecoderConfig;
-use crate::generation::GenerationDefaults;
 use crate::revision::revision;
 use crate::weights::{Warning, Weights};
 
@@ -25,8 +24,6 @@ pub struct ModelFolder {
     pub root: PathBuf,
     /// `config.json`, checked.
     pub config: DecoderConfig,
-    /// `generation_config.json`, checked; defaults where there is none.
-    pub generation: GenerationDefaults,
     /// The text files as they are.
     pub texts: Texts,
     /// The weights.
@@ -92,12 +89,9 @@ impl ModelFolder {
         open: impl FnOnce(&DecoderConfig) -> Result<(Weights, Vec<Warning>), LoadError>,
     ) -> Result<Self, LoadError> {
         let config = DecoderConfig::parse(&texts.config)?;
-        let (generation, mut warnings) =
-            GenerationDefaults::parse(texts.generation.as_deref(), config.vocabulary)?;
-        let (weights, more) = open(&config)?;
-        warnings.extend(more);
+        let (weights, warnings) = open(&config)?;
         let revision = revision(&texts, &weights);
-        Ok(Self { root, config, generation, texts, weights, revision, warnings })
+        Ok(Self { root, config, texts, weights, revision, warnings })
     }
 }
 

@@ -9,7 +9,6 @@ pub mod folder;
 
 pub mod config;
 pub mod error;
-pub mod generation;
 pub mod numerics;
 pub mod revision;
 pub mod rotary;

@@ -448,34 +448,3 @@ fn headers_are_checked_by_the_rules_of_the_format() {
         assert!(error.contains(part), "{what}: {error:?} does not say {part:?}");
     }
 }
-
-#[test]
-fn generation_defaults_are_read_or_refused() {
-    let read = |json: Value| {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        write_folder(dir.path(), &base_config(), &base_tensors());
-        std::fs::write(dir.path().join("generation_config.json"), json.to_string()).expect("written");
-        ModelFolder::open(dir.path()).map_err(|error| error.to_string())
-    };
-    let folder =
-        read(json!({"temperature": 0.5, "top_k": 0, "top_p": null, "eos_token_id": [0, 2], "num_beams": 4,
-        "transformers_version": "5"}))
-        .expect("read");
-    assert_eq!((folder.generation.temperature, folder.generation.top_k), (Some(0.5), Some(0)));
-    assert_eq!((folder.generation.top_p, &folder.generation.eos[..]), (None, &[0, 2][..]));
-    assert_eq!(folder.warnings.len(), 1);
-    assert!(folder.warnings[0].0.contains("num_beams"), "{:?}", folder.warnings);
-    assert_eq!(
-        read(json!({"do_sample": false, "temperature": 0.7})).expect("read").generation.temperature,
-        Some(0.0)
-    );
-    for (value, part) in [
-        (json!({"temperature": 2.5}), "temperature is 2.5"),
-        (json!({"top_p": 0}), "top_p is 0"),
-        (json!({"top_k": 1.5}), "top_k is 1.5"),
-        (json!({"eos_token_id": 40}), "eos_token_id 40"),
-        (json!({"do_sample": 3}), "do_sample is 3"),
-    ] {
-        check_refused(part, read(value), &["generation_config.json", part]);
-    }
-}

@@ -295,7 +295,7 @@ mod tests {
             },
             // More than the context leaves, min_tokens too.
             RawParams { max_tokens: Some(60), min_tokens: Some(60), ..RawParams::default() },
-            RawParams { resumed_ids: vec![4, 5], ..RawParams::default() },
+            RawParams { resumed_ids: vec![4, 5], seed: Some(3), ..RawParams::default() },
         ];
         for raw in asked {
             let (asked, message) = submit(raw);

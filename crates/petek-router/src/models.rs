@@ -2,19 +2,18 @@
 //! A router has no model folder.
 
 use std::collections::HashMap;
-use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use petek_core::limits::link::{CARD_BYTES_MAX, CARD_CHUNK_BYTES_MAX};
 use petek_core::limits::model::VOCABULARY_MAX;
-use petek_core::params::{RawParams, SamplingDefaults};
+use petek_core::params::SamplingDefaults;
 use petek_proto::hello::WIRE;
 use petek_proto::worker::v1::get_model_card_response::Message;
 use petek_proto::worker::v1::{
     GetModelCardRequest, GetModelCardResponse, ModelCardChunk, ModelCardHeader, RouterHello,
 };
-use petek_text::{AddedSpecials, CardFile, ControlText, ModelCard, ModelText, SpecialText};
+use petek_text::{CardFile, GenerationDefaults, ModelCard, ModelText};
 use serde_json::Value;
 use tokio::time::timeout;
 use tonic::{Status, Streaming};
@@ -32,16 +31,6 @@ pub(crate) struct Model {
     /// Ids are below it.
     pub(crate) vocabulary: u32,
     pub(crate) defaults: SamplingDefaults,
-    pub(crate) first_space: FirstSpace,
-}
-
-/// What becomes of a space before a text's first word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FirstSpace {
-    /// The tokeniser puts one there, so whoever reads a whole text's ids takes it away.
-    Added,
-    /// It is the text's own.
-    Own,
 }
 
 /// Why there is no model.
@@ -180,17 +169,10 @@ fn load(card: &ModelCard) -> Result<Model, CardError> {
     let text =
         ModelText::load(card, &|| start.elapsed()).map_err(|error| CardError::Unusable(error.to_string()))?;
     let vocabulary = vocabulary(card.bytes(CardFile::Config))?;
-    let defaults = defaults(card.bytes(CardFile::GenerationConfig))?;
-    let first_space = first_space(&text)?;
-    Ok(Model { text, vocabulary, defaults, first_space })
-}
-
-/// Finds out by trying, for the rule is spread over three parts of tokenizer.json.
-fn first_space(text: &ModelText) -> Result<FirstSpace, CardError> {
-    let ids = text.tokenizer.encode("text", "a", AddedSpecials::None, ControlText::Plain);
-    let ids = ids.map_err(|error| CardError::Unusable(format!("tokenizer.json: {error}")))?;
-    let back = text.tokenizer.tokens().decode(&ids, SpecialText::Skipped);
-    Ok(if back.starts_with(' ') { FirstSpace::Added } else { FirstSpace::Own })
+    let GenerationDefaults { temperature, top_k, top_p, min_p, .. } = text.defaults;
+    let defaults = SamplingDefaults::of_model(temperature, top_k, top_p, min_p)
+        .map_err(|refusal| CardError::Unusable(format!("generation_config.json: {refusal}")))?;
+    Ok(Model { text, vocabulary, defaults })
 }
 
 fn vocabulary(config: Option<&[u8]>) -> Result<u32, CardError> {
@@ -202,76 +184,9 @@ fn vocabulary(config: Option<&[u8]>) -> Result<u32, CardError> {
     size.ok_or_else(|| unusable(&format!("vocab_size must be a whole number from 1 to {VOCABULARY_MAX}")))
 }
 
-/// What the model's own file says of the parameters that petek has. The worker names the others in a warning.
-fn defaults(file: Option<&[u8]>) -> Result<SamplingDefaults, CardError> {
-    let Some(file) = file else { return Ok(SamplingDefaults::BUILT_IN) };
-    let unusable = |why: String| CardError::Unusable(format!("generation_config.json: {why}"));
-    let file: Value = serde_json::from_slice(file).map_err(|error| unusable(error.to_string()))?;
-    let number = |key: &str| match &file[key] {
-        Value::Null => Ok(None),
-        value => {
-            value.as_f64().map(Some).ok_or_else(|| unusable(format!("{key} must be a number, not {value}")))
-        }
-    };
-    let single = |key| Ok(number(key)?.map(|value| value as f32));
-    let mut raw = RawParams {
-        temperature: single("temperature")?,
-        top_p: single("top_p")?,
-        min_p: single("min_p")?,
-        ..RawParams::default()
-    };
-    if file["do_sample"] == Value::Bool(false) {
-        raw.temperature = Some(0.0);
-    }
-    let mut defaults = SamplingDefaults::checked(&raw).map_err(|refusal| unusable(refusal.to_string()))?;
-    defaults.top_k = match number("top_k")? {
-        None => None,
-        Some(k) if k >= 0.0 && k.fract() == 0.0 => NonZeroU32::new(k.min(f64::from(u32::MAX)) as u32),
-        Some(k) => return Err(unusable(format!("top_k must be a whole number from 0, not {k}"))),
-    };
-    Ok(defaults)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn defaults_are_the_models_own_where_it_has_them() {
-        let read = |text: &str| defaults(Some(text.as_bytes()));
-        assert_eq!(defaults(None).unwrap(), SamplingDefaults::BUILT_IN);
-        assert_eq!(read("{}").unwrap(), SamplingDefaults::BUILT_IN);
-        let some =
-            read(r#"{"temperature": 0.6, "top_k": 20, "top_p": null, "repetition_penalty": 1.1}"#).unwrap();
-        let top_k = NonZeroU32::new(20);
-        assert_eq!(some, SamplingDefaults { temperature: 0.6, top_k, ..SamplingDefaults::BUILT_IN });
-        assert_eq!(read(r#"{"temperature": 0.6, "do_sample": false}"#).unwrap().temperature, 0.0);
-        assert_eq!(read(r#"{"top_k": 0}"#).unwrap().top_k, None);
-        for (bad, says) in [
-            (r#"{"temperature": 3}"#, "temperature"),
-            (r#"{"top_p": "high"}"#, "top_p must be a number"),
-            (r#"{"top_k": 1.5}"#, "top_k"),
-            (r#"{"min_p": -1}"#, "min_p"),
-            ("[", "generation_config.json"),
-        ] {
-            let said = read(bad).expect_err(says).to_string();
-            assert!(said.contains(says), "{said}");
-        }
-    }
-
-    #[test]
-    fn a_first_space_is_the_tokenisers_or_the_texts_own() {
-        let check = |kind: &str, expected: FirstSpace| {
-            let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/tokenizers");
-            let tokenizer = std::fs::read(format!("{root}/{kind}/tokenizer.json")).expect("a golden file");
-            let mut card = ModelCard::default();
-            card.insert(CardFile::Config, br#"{"vocab_size": 4096}"#.to_vec());
-            card.insert(CardFile::Tokenizer, tokenizer);
-            assert_eq!(load(&card).unwrap().first_space, expected, "{kind}");
-        };
-        check("bytefallback", FirstSpace::Added);
-        check("bytelevel", FirstSpace::Own);
-    }
 
     #[test]
     fn a_vocabulary_is_a_number_in_range() {

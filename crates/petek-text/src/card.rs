@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::config::{TokenizerConfig, eos_ids};
 use crate::error::FileError;
+use crate::generation::GenerationDefaults;
 use crate::limits::TEMPLATE_BYTES_MAX;
 use crate::template::{ChatTemplate, TemplateSource};
 use crate::tokenizer::{Tokenizer, check_file_size};
@@ -100,6 +101,8 @@ pub struct ModelText {
     pub template: Option<ChatTemplate>,
     /// The ids that end a sequence, ascending.
     pub eos_ids: Vec<u32>,
+    /// What requests get that say nothing.
+    pub defaults: GenerationDefaults,
 }
 
 impl ModelText {
@@ -120,13 +123,14 @@ impl ModelText {
             &config,
             &tokenizer,
         )?;
+        let defaults = card.bytes(CardFile::GenerationConfig).map(GenerationDefaults::parse).transpose()?;
         // A template file stands in for any inline one, as in transformers.
         let templates = match card.bytes(CardFile::ChatTemplate) {
             None => config.templates,
             Some(bytes) => vec![template_file(bytes)?],
         };
         let template = ChatTemplate::compile(&templates, config.special_tokens)?;
-        Ok(ModelText { tokenizer, template, eos_ids })
+        Ok(ModelText { tokenizer, template, eos_ids, defaults: defaults.unwrap_or_default() })
     }
 }
 

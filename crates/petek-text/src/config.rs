@@ -113,7 +113,7 @@ pub fn eos_ids(
     Ok(ids)
 }
 
-fn object(file: &'static str, bytes: &[u8]) -> Result<Map<String, Value>, FileError> {
+pub(crate) fn object(file: &'static str, bytes: &[u8]) -> Result<Map<String, Value>, FileError> {
     check_file_size(file, bytes, CONFIG_FILE_BYTES_MAX)?;
     serde_json::from_slice(bytes).map_err(|error| FileError::json(file, &error))
 }

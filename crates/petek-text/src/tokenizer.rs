@@ -18,7 +18,7 @@ use crate::error::{FileError, TextError};
 use crate::guard::{Guard, Marks, Rendered};
 use crate::limits::{TEXT_BYTES_MAX, TOKENIZER_FILE_BYTES_MAX};
 use crate::patterns::{self_test, unknown_patterns};
-use crate::token_table::TokenTable;
+use crate::token_table::{SpecialText, TokenTable};
 
 pub(crate) const FILE: &str = "tokenizer.json";
 
@@ -49,7 +49,17 @@ pub struct Tokenizer {
     guard: Guard,
     /// Whether a control token is matched on normalised text, where other letters may become its name.
     forgeable: bool,
+    first_space: FirstSpace,
     tokens: Arc<TokenTable>,
+}
+
+/// What becomes of a space before a text's first word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum FirstSpace {
+    /// The tokeniser puts one there, so whoever reads a whole text's ids takes it away.
+    Added,
+    /// It is the text's own.
+    Own,
 }
 
 impl Tokenizer {
@@ -88,17 +98,34 @@ impl Tokenizer {
         let forgeable = inner.get_normalizer().is_some() && control.iter().any(|(_, token)| token.normalized);
         let guard = Guard::new(control)?;
         let plain = added_vocabulary(textual, inner.get_normalizer())?;
-        let tokenizer = Tokenizer { inner, plain, guard, forgeable, tokens };
+        let mut tokenizer =
+            Tokenizer { inner, plain, guard, forgeable, first_space: FirstSpace::Own, tokens };
 
         self_test(&unknown_patterns(&[&raw.normalizer, &raw.pre_tokenizer]), clock, |text| {
             tokenizer.split(&tokenizer.plain, text, None).map(drop).map_err(|error| error.to_string())
         })?;
+        // Found out by trying, for the rule is spread over three parts of the file.
+        let of_a_word = tokenizer.encode("text", "a", AddedSpecials::None, ControlText::Plain);
+        let of_a_word = of_a_word.map_err(|error| FileError::invalid(FILE, "its content", error))?;
+        if tokenizer.tokens.decode(&of_a_word, SpecialText::Skipped).starts_with(' ') {
+            tokenizer.first_space = FirstSpace::Added;
+        }
         Ok(tokenizer)
     }
 
     /// The bytes of every token; decoding.
     pub fn tokens(&self) -> &Arc<TokenTable> {
         &self.tokens
+    }
+
+    /// The text that a whole list of ids stands for: a space that tokenising put before the first word is taken away
+    /// again. Output, which continues a text, is decoded by [`TokenTable::decode`].
+    pub fn decode_whole(&self, ids: &[u32], special: SpecialText) -> String {
+        let mut text = self.tokens.decode(ids, special);
+        if self.first_space == FirstSpace::Added && text.starts_with(' ') {
+            text.remove(0);
+        }
+        text
     }
 
     /// The id of a token by its string in the vocabulary or its added content.

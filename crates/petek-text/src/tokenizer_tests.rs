@@ -426,3 +426,17 @@ fn an_unknown_pattern_is_tested_against_the_clock_and_a_known_one_is_not() {
     // Each text takes one tick of 400 ms, so the third is too much: two readings each.
     assert_eq!(ticks.get(), 6);
 }
+
+#[test]
+fn a_space_before_the_first_word_is_the_tokenisers_or_the_texts_own() {
+    let check = |kind: &str, text: &str, whole: &str, continued: &str| {
+        let file = golden(&format!("tokenizers/{kind}/tokenizer.json"));
+        let tokenizer = Tokenizer::load(&file, &Default::default).unwrap();
+        let ids = tokenizer.encode("text", text, AddedSpecials::None, ControlText::Plain).unwrap();
+        assert_eq!(tokenizer.decode_whole(&ids, SpecialText::Skipped), whole, "{kind}");
+        assert_eq!(tokenizer.tokens().decode(&ids, SpecialText::Skipped), continued, "{kind}");
+    };
+    check("bytefallback", "a b", "a b", " a b");
+    check("bytelevel", "a b", "a b", "a b");
+    check("bytelevel", " a b", " a b", " a b");
+}

@@ -17,7 +17,9 @@ use petek_model::group::{GroupError, RankGroup};
 use petek_model::rank::LogitsHash;
 use petek_model::replica::{CpuModel, CpuOptions, ReplicaOptions};
 use petek_service::{Exit, Failure};
-use petek_text::{AddedSpecials, ControlText, ModelText, Output, OutputOptions, SpecialText, StopStrings};
+use petek_text::{AddedSpecials, ControlText, Output, OutputOptions, SpecialText, StopStrings};
+
+use crate::card::{card_of, text_of};
 
 /// Continues a text on this machine's CPU and prints it as it comes.
 #[derive(Args, Debug)]
@@ -75,9 +77,7 @@ impl Complete {
         for warning in &folder.warnings {
             crate::print_warning(&warning.0);
         }
-        let began = Instant::now();
-        let text = ModelText::load(&crate::card::card_of(&folder.texts), &|| began.elapsed())
-            .map_err(|e| configuration(e.to_string()))?;
+        let text = text_of(&card_of(&folder.texts), folder.config.vocabulary)?;
         let prompt = text
             .tokenizer
             .encode("prompt", &self.prompt, AddedSpecials::Added, ControlText::Parsed)

@@ -382,7 +382,8 @@ fn sequences_end_at_eos_stop_ids_and_length() {
 #[test]
 fn resumed_tokens_are_computed_and_never_reported() {
     let mut engine = Engine::new(config());
-    let resumed = |ids: &[TokenId], max| RawParams { resumed_ids: ids.to_vec(), ..at_most(max) };
+    let resumed =
+        |ids: &[TokenId], max| RawParams { seed: Some(1), resumed_ids: ids.to_vec(), ..at_most(max) };
     let number = engine.submit(request(prompt(10), resumed(&[5, 6, 7], 5)));
     let plan = engine.step().unwrap();
     assert_eq!((plan.rows(), plan.fills[0].prompt_tokens, plan.fills[0].ids.len()), (13, 10, 13));

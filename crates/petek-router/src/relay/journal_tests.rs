@@ -287,7 +287,12 @@ fn a_lost_worker_does_no_harm_to_what_is_complete() {
 #[test]
 fn resumed_ids_are_output_that_is_not_sent_again() {
     // The euro sign's first two bytes were held back when the stream broke.
-    let mut talk = talk(RawParams { resumed_ids: vec![0, 5], max_tokens: Some(4), ..RawParams::default() });
+    let mut talk = talk(RawParams {
+        seed: Some(1),
+        resumed_ids: vec![0, 5],
+        max_tokens: Some(4),
+        ..RawParams::default()
+    });
     talk.tokens(0, 2, &[6, 7]);
     talk.finished(0, FinishReason::Length);
     let effects = talk.journal.take_effects();

@@ -26,7 +26,6 @@ use uuid::Uuid;
 
 use super::intake::{Arrival, REQUEST_ID_HEADER};
 use crate::gateway::{Call, Gateway, Input, Reader, unix_s};
-use crate::models::FirstSpace;
 use crate::prepare;
 use crate::relay::Outgoing;
 use crate::workers::Served;
@@ -118,10 +117,12 @@ impl InferenceService for Inference {
             Some(false) => SpecialText::Kept,
         };
         let answer = move || {
-            let mut text = served.model.text.tokenizer.tokens().decode(&token_ids, special);
-            if !continuation && served.model.first_space == FirstSpace::Added && text.starts_with(' ') {
-                text.remove(0);
-            }
+            let tokenizer = &served.model.text.tokenizer;
+            let text = if continuation {
+                tokenizer.tokens().decode(&token_ids, special)
+            } else {
+                tokenizer.decode_whole(&token_ids, special)
+            };
             Ok(DetokenizeResponse { text })
         };
         let answer = self.gateway.text.run(arrival.deadline, answer).await;

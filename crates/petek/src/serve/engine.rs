@@ -1,21 +1,18 @@
 //! From a model folder and the machine's memory to what a worker serves with.
 
-use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use petek_core::ids::Epoch;
 use petek_core::limits::engine as limit;
-use petek_core::params::{CacheUse, ModelLimits, RawParams, SamplingDefaults};
+use petek_core::params::{CacheUse, ModelLimits, SamplingDefaults};
 use petek_core::scheduler::SchedulerConfig;
 use petek_model::folder::{ModelFolder, Texts};
-use petek_model::generation::GenerationDefaults;
 use petek_model::rank::LogitsHash;
 use petek_model::replica::{CpuModel, CpuOptions, ReplicaOptions};
 use petek_proto::hello::{WIRE, WorkerIdentity};
 use petek_service::{Exit, Failure};
-use petek_text::{CardFile, ModelCard, ModelText};
+use petek_text::{CardFile, GenerationDefaults, ModelCard};
 use petek_worker::WorkerParts;
 use petek_worker::ranks::RankRunner;
 use serde_json::{Map, Value};
@@ -23,6 +20,7 @@ use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 
 use super::process::random;
 use super::settings::{EngineSettings, GenerationConfig, OnOff, or_default};
+use crate::card::text_of;
 
 /// A model that was opened and checked: workers are made of it.
 pub(crate) struct Served {
@@ -68,12 +66,13 @@ pub(crate) fn open(dir: Option<&Path>, engine: &EngineSettings) -> Result<Served
         )?,
     };
     let card = card_of(&folder.texts, engine.generation_config)?;
-    let began = Instant::now();
-    let text = ModelText::load(&card, &|| began.elapsed()).map_err(|e| configuration(e.to_string()))?;
-    let defaults = match engine.generation_config {
-        GenerationConfig::Model => defaults_of(&folder.generation)?,
-        GenerationConfig::None => SamplingDefaults::BUILT_IN,
-    };
+    let text = text_of(&card, folder.config.vocabulary)?;
+    if let Some(warning) = text.defaults.warning() {
+        tracing::warn!(model = %folder.root.display(), "{warning}");
+    }
+    let GenerationDefaults { temperature, top_k, top_p, min_p, .. } = text.defaults;
+    let defaults = SamplingDefaults::of_model(temperature, top_k, top_p, min_p)
+        .map_err(|refusal| configuration(format!("generation_config.json: {refusal}")))?;
     let format = engine.dtype.as_deref().map(crate::format_of).transpose();
     let format = format.map_err(|why| configuration(format!("settings: engine.dtype: {why}")))?;
     let vocabulary = folder.config.vocabulary;
@@ -296,14 +295,6 @@ fn card_of(texts: &Texts, generation: GenerationConfig) -> Result<ModelCard, Fai
         card.insert(CardFile::GenerationConfig, Value::Object(left).to_string().into_bytes());
     }
     Ok(card)
-}
-
-fn defaults_of(file: &GenerationDefaults) -> Result<SamplingDefaults, Failure> {
-    let GenerationDefaults { temperature, top_p, min_p, top_k, .. } = *file;
-    let raw = RawParams { temperature, top_p, min_p, ..RawParams::default() };
-    let defaults = SamplingDefaults::checked(&raw)
-        .map_err(|refusal| configuration(format!("generation_config.json: {refusal}")))?;
-    Ok(SamplingDefaults { top_k: top_k.and_then(NonZeroU32::new), ..defaults })
 }
 
 #[cfg(test)]
