@@ -17,6 +17,9 @@ use crate::inference::v1::{
 };
 use crate::refusal::WireRefusal;
 
+/// Who may speak. No other word: a template may write a role between the marks of a special token.
+const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+
 /// A prompt to continue.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerationInput {
@@ -53,7 +56,7 @@ pub enum SpecialStrings {
 pub struct ChatInput {
     /// A name or alias; empty is the one model that is served.
     pub model: String,
-    /// At least one, each with a role. All their fields are the template's.
+    /// At least one, each with a known role. All their fields are the template's.
     pub messages: Vec<ChatMessage>,
     /// For the template: few, each with a value, numbers finite. Names that the template's own input has are
     /// for the renderer to refuse.
@@ -150,8 +153,11 @@ impl TryFrom<ChatSpec> for ChatInput {
         if messages.is_empty() {
             return Err(Refusal::invalid("messages", "must have at least one message"));
         }
-        if let Some(at) = messages.iter().position(|message| message.role.is_empty()) {
-            return Err(Refusal::invalid(format!("messages[{at}].role"), "must not be empty"));
+        let unknown = |message: &ChatMessage| !ROLES.contains(&&*message.role);
+        if let Some(at) = messages.iter().position(unknown) {
+            let role = quoted(&messages[at].role);
+            let problem = format!("must be one of {}, not {role}", ROLES.join(", "));
+            return Err(Refusal::invalid(format!("messages[{at}].role"), problem));
         }
         let (params, head) = raw(params, options)?;
         let turn = match add_generation_prompt {

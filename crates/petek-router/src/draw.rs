@@ -4,6 +4,7 @@
 use petek_core::hash::BlockName;
 
 /// SplitMix64. *Source*: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+#[derive(Clone)]
 pub(crate) struct Draw(u64);
 
 impl Draw {
@@ -33,6 +34,17 @@ impl Draw {
     /// True once in so many.
     pub(crate) fn one_in(&mut self, many: usize) -> bool {
         self.below(many) == 0
+    }
+
+    /// Uniform above 0 and at most 1.
+    pub(crate) fn open_unit(&mut self) -> f64 {
+        ((self.bits() >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+
+    /// The exponential of something normal.
+    pub(crate) fn log_normal(&mut self, median: f64, deviation: f64) -> f64 {
+        let (radius, turn) = ((-2.0 * self.open_unit().ln()).sqrt(), self.open_unit());
+        median * (deviation * radius * (std::f64::consts::TAU * turn).cos()).exp()
     }
 
     /// One of them.

@@ -15,7 +15,7 @@ mod feed;
 
 pub mod index;
 
-mod route;
+pub mod route;
 
 mod relay;
 
@@ -37,6 +37,9 @@ mod registry;
 
 #[cfg(test)]
 mod draw;
+
+#[cfg(test)]
+mod simulation;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

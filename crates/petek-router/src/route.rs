@@ -16,104 +16,118 @@ use petek_proto::inference::v1::RouteReason;
 
 /// How much a second of mean wait raises the price of computing. Units: per second. *Source*: a simulation over a
 /// conversation trace near saturation; 0 and very large weights lose to it by far.
-pub(crate) const WAIT_WEIGHT_PER_S: f64 = 4.0;
+pub const WAIT_WEIGHT_PER_S: f64 = 4.0;
 /// Costs within this share of the least are near-ties.
-pub(crate) const TIE_SHARE: f64 = 0.05;
+pub const TIE_SHARE: f64 = 0.05;
 /// Tokens of output that a cost counts at most: beyond, nobody knows how long an answer will be.
-pub(crate) const DECODE_TOKENS_MAX: u32 = 256;
+pub const DECODE_TOKENS_MAX: u32 = 256;
 
 /// What a request asks of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Ask {
-    pub(crate) prompt_tokens: u32,
-    pub(crate) max_tokens: u32,
-    pub(crate) block_size: u32,
+pub struct Ask {
+    /// Its length.
+    pub prompt_tokens: u32,
+    /// What it may answer.
+    pub max_tokens: u32,
+    /// Tokens per block.
+    pub block_size: u32,
 }
 
 impl Ask {
-    pub(crate) fn decode_tokens(&self) -> u32 {
+    /// Tokens of output that its cost counts.
+    pub fn decode_tokens(&self) -> u32 {
         self.max_tokens.min(DECODE_TOKENS_MAX)
     }
 
     /// Blocks of the prompt that need not be computed where they are held: the last token always is, and with it its
     /// block.
-    pub(crate) fn reusable_blocks(&self) -> u32 {
+    pub fn reusable_blocks(&self) -> u32 {
         self.prompt_tokens.saturating_sub(1) / self.block_size
     }
 }
 
 /// What is known of a worker when a request is placed.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct WorkerView {
+pub struct WorkerView {
     /// Whether it may be given work.
-    pub(crate) state: CandidateState,
+    pub state: CandidateState,
     /// Uncached tokens that wait there, this router's own included.
-    pub(crate) waiting_uncached_tokens: u64,
+    pub waiting_uncached_tokens: u64,
     /// Of which: this router's own that its last report does not hold yet.
-    pub(crate) own_waiting_tokens: u64,
-    pub(crate) running: u32,
+    pub own_waiting_tokens: u64,
+    /// Sequences that run there.
+    pub running: u32,
     /// Blocks of this prompt that it holds.
-    pub(crate) matched_blocks: u32,
+    pub matched_blocks: u32,
     /// Of which: predicted only.
-    pub(crate) predicted_blocks: u32,
-    pub(crate) rates: Rates,
+    pub predicted_blocks: u32,
+    /// How fast it is.
+    pub rates: Rates,
     /// How old its last load report is; none where there was none.
-    pub(crate) load_age: Option<Duration>,
+    pub load_age: Option<Duration>,
 }
 
 /// How fast a worker is, as it measures itself.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Rates {
-    pub(crate) prefill_tokens_per_s: f64,
-    pub(crate) step_s: f64,
+pub struct Rates {
+    /// Tokens of prompts that it computes.
+    pub prefill_tokens_per_s: f64,
+    /// What a step takes.
+    pub step_s: f64,
     /// With one more sequence running.
-    pub(crate) step_one_more_s: f64,
+    pub step_one_more_s: f64,
 }
 
 impl Rates {
     /// Of a worker that has not reported yet: equal for all such, so that only what waits tells them apart.
-    pub(crate) const NOMINAL: Rates =
-        Rates { prefill_tokens_per_s: 1_000.0, step_s: 0.02, step_one_more_s: 0.02 };
+    pub const NOMINAL: Rates = Rates { prefill_tokens_per_s: 1_000.0, step_s: 0.02, step_one_more_s: 0.02 };
 }
 
 /// One worker's numbers in a decision.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct Cost {
-    pub(crate) wait_s: f64,
+pub struct Cost {
+    /// For what waits there already.
+    pub wait_s: f64,
     /// Its own prefill, and the wait that it imposes on others.
-    pub(crate) prefill_s: f64,
+    pub prefill_s: f64,
     /// Of which: its own prefill.
-    pub(crate) compute_s: f64,
-    pub(crate) decode_s: f64,
-    pub(crate) matched_tokens: u32,
-    pub(crate) uncached_tokens: u32,
+    pub compute_s: f64,
+    /// Slowing the steps of what runs there.
+    pub decode_s: f64,
+    /// Tokens of the prompt that it holds.
+    pub matched_tokens: u32,
+    /// Tokens of the prompt that it would have to compute.
+    pub uncached_tokens: u32,
 }
 
 impl Cost {
-    pub(crate) fn total_s(&self) -> f64 {
+    /// What is compared.
+    pub fn total_s(&self) -> f64 {
         self.wait_s + self.prefill_s + self.decode_s
     }
 
     /// Until the request's own prompt is computed, as far as can be known.
-    pub(crate) fn time_to_compute_s(&self) -> f64 {
+    pub fn time_to_compute_s(&self) -> f64 {
         self.wait_s + self.compute_s
     }
 }
 
 /// Where a request goes, and why.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Decision {
+pub struct Decision {
     /// Index of the worker; none, where none is eligible.
-    pub(crate) chosen: Option<usize>,
-    pub(crate) reason: RouteReason,
-    pub(crate) mean_wait_s: f64,
+    pub chosen: Option<usize>,
+    /// Why that one.
+    pub reason: RouteReason,
+    /// The average wait over the eligible workers.
+    pub mean_wait_s: f64,
     /// One per worker; of those that are not eligible only the tokens are set.
-    pub(crate) costs: Vec<Cost>,
+    pub costs: Vec<Cost>,
 }
 
 /// Whom a router does not believe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Suspicion {
+pub enum Suspicion {
     /// Nobody.
     Nobody,
     /// So many workers, which get no new work.
@@ -125,7 +139,7 @@ pub(crate) enum Suspicion {
 /// Judges silence. A worker whose last report is older than `silence_max` is suspect, but nothing can be silent for
 /// longer than this router was awake; and if more than half of a pool is, the router suspects itself. One that never
 /// reported has no rates, and waits for them unless all do.
-pub(crate) fn judge(workers: &mut [WorkerView], silence_max: Duration, awake: Duration) -> Suspicion {
+pub fn judge(workers: &mut [WorkerView], silence_max: Duration, awake: Duration) -> Suspicion {
     let able = |view: &&mut WorkerView| view.state == CandidateState::Eligible;
     let silent = |age: Duration| age.min(awake) > silence_max;
     let ages: Vec<Duration> = workers.iter_mut().filter(able).filter_map(|view| view.load_age).collect();
@@ -146,7 +160,7 @@ pub(crate) fn judge(workers: &mut [WorkerView], silence_max: Duration, awake: Du
 }
 
 /// Decides. `random` is any 64 bits.
-pub(crate) fn decide(ask: &Ask, workers: &[WorkerView], random: u64) -> Decision {
+pub fn decide(ask: &Ask, workers: &[WorkerView], random: u64) -> Decision {
     let eligible = |view: &WorkerView| view.state == CandidateState::Eligible;
     let count = workers.iter().filter(|view| eligible(view)).count();
     let waits = workers.iter().filter(|view| eligible(view)).map(wait_s);

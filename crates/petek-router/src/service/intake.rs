@@ -7,6 +7,7 @@
 
 use std::convert::Infallible;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use http_body_util::{BodyExt, Full};
 use petek_core::limits::listener::MESSAGE_IN_BYTES_MAX;
 use petek_core::refusal::{Refusal, quoted};
 use petek_proto::refusal::status;
-use petek_service::client_request_id;
+use petek_service::{RouterMetrics, client_request_id};
 use prost::bytes::{Bytes, BytesMut};
 use tokio::time::{Instant, timeout_at};
 use tonic::Status;
@@ -45,16 +46,39 @@ pub(super) struct Deadlines {
     pub(super) max: Duration,
 }
 
+/// Which refusals made here are requests that were refused.
+#[derive(Clone)]
+pub(super) enum Counts {
+    /// Of calls that would have generated; what for is not known yet.
+    Generations(Arc<RouterMetrics>),
+    /// None: an operator's calls.
+    Nothing,
+}
+
+impl Counts {
+    fn refused(&self, path: &str, after: Duration) {
+        const GENERATIONS: [&str; 4] = ["Generate", "StreamGenerate", "Chat", "StreamChat"];
+        let method = path.rsplit('/').next().unwrap_or_default();
+        match self {
+            Counts::Generations(metrics) if GENERATIONS.contains(&method) => {
+                metrics.model("").refused(after);
+            }
+            Counts::Generations(_) | Counts::Nothing => {}
+        }
+    }
+}
+
 /// A service behind the intake.
 #[derive(Clone)]
 pub(super) struct Intake<S> {
     inner: S,
     deadlines: Deadlines,
+    counts: Counts,
 }
 
 impl<S> Intake<S> {
-    pub(super) fn new(inner: S, deadlines: Deadlines) -> Self {
-        Intake { inner, deadlines }
+    pub(super) fn new(inner: S, deadlines: Deadlines, counts: Counts) -> Self {
+        Intake { inner, deadlines, counts }
     }
 }
 
@@ -79,11 +103,15 @@ where
         // The one that is ready is taken; its clone waits for the next call.
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
-        let deadlines = self.deadlines;
+        let (deadlines, counts) = (self.deadlines, self.counts.clone());
         Box::pin(async move {
+            let (path, began) = (request.uri().path().to_owned(), Instant::now());
             match take_in(request, deadlines).await {
                 Ok(request) => inner.call(request).await,
-                Err(refused) => Ok(refused.into_http()),
+                Err(refused) => {
+                    counts.refused(&path, began.elapsed());
+                    Ok(refused.into_http())
+                }
             }
         })
     }

@@ -26,7 +26,8 @@ use tonic_health::server::HealthReporter;
 
 use self::admin::Admin;
 use self::inference::Inference;
-use self::intake::{Deadlines, Intake};
+use self::intake::{Counts, Deadlines, Intake};
+use self::server::Lifetime;
 use crate::feed::WorkerFeed;
 use crate::gateway::{Gateway, random};
 use crate::link::{ClusterToken, Common, Dialler};
@@ -134,7 +135,10 @@ async fn serve(gateway: Arc<Gateway>, listeners: Listeners, is_ready: watch::Sen
         max: Duration::from_millis(settings.deadline_ms_max),
     };
     let linger = Duration::from_millis(settings.linger_ms);
-    let age = Duration::from_millis(settings.connection_age_ms);
+    let lifetime = Lifetime {
+        age: Duration::from_millis(settings.connection_age_ms),
+        idle: Duration::from_millis(settings.connection_idle_ms),
+    };
 
     let inference = InferenceServiceServer::new(Inference { gateway: gateway.clone() })
         .max_decoding_message_size(limit::MESSAGE_TRANSPORT_BYTES_MAX)
@@ -147,11 +151,12 @@ async fn serve(gateway: Arc<Gateway>, listeners: Listeners, is_ready: watch::Sen
     inference_health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
     admin_health.set_serving::<AdminServiceServer<Admin>>().await;
 
-    let public_routes = routes(&inference_health).add_service(Intake::new(inference, deadlines));
-    let admin_routes = routes(&admin_health).add_service(Intake::new(admin, deadlines));
+    let counts = Counts::Generations(gateway.metrics.clone());
+    let public_routes = routes(&inference_health).add_service(Intake::new(inference, deadlines, counts));
+    let admin_routes = routes(&admin_health).add_service(Intake::new(admin, deadlines, Counts::Nothing));
     let (stop, stopping) = watch::channel(false);
-    let public = server::serve(listeners.public, public_routes, age, stopping.clone());
-    let admin = server::serve(listeners.admin, admin_routes, age, stopping);
+    let public = server::serve(listeners.public, public_routes, lifetime, stopping.clone());
+    let admin = server::serve(listeners.admin, admin_routes, lifetime, stopping);
 
     let conduct = async {
         tokio::select! {

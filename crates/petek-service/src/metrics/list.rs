@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, RwLock};
+use std::time::Duration;
 
 use super::{Counter, Counters, Gauge, Gauges, Histogram, Registry, labels};
 
@@ -296,6 +297,12 @@ impl RouterSeries {
             ),
             decisions: scope.counters("petek_router_decisions_total", "Choices of a worker, by reason."),
         }
+    }
+
+    /// Counts a request that was refused so long after its arrival.
+    pub fn refused(&self, after: Duration) {
+        self.requests.of(Outcome::Refused).inc();
+        self.request_seconds.observe(after.as_secs_f64());
     }
 
     /// Counts what a worker said about a request's cached tokens beside what was believed.
