@@ -53,7 +53,17 @@ pub(crate) struct Call {
     pub(crate) arrived: Instant,
     pub(crate) deadline: Instant,
     pub(crate) client_request_id: Option<String>,
+    pub(crate) reading: Reading,
     pub(crate) span: Span,
+}
+
+/// How a client reads its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reading {
+    /// Event by event: it can be slow.
+    Streamed,
+    /// All at once, when this router has put it together.
+    Whole,
 }
 
 /// A request that was checked and tokenised.
@@ -197,7 +207,10 @@ impl Gateway {
             params,
             tokens: served.model.text.tokenizer.tokens().clone(),
         };
-        let patience = self.settings.patience();
+        let patience = match call.reading {
+            Reading::Streamed => self.settings.patience(),
+            Reading::Whole => self.settings.patience_with_itself(),
+        };
         let journal = Journal::new(asked, patience).map_err(prepare::refusal)?;
         let live = Live::new(journal, call.arrived, deadline, patience.time, series, permit);
         let live = Arc::new(live);

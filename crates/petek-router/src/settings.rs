@@ -159,6 +159,15 @@ impl RouterSettings {
     pub(crate) fn patience(&self) -> Patience {
         Patience { bytes: self.slow_consumer_bytes, time: Duration::from_millis(self.slow_consumer_ms) }
     }
+
+    /// Where the router itself puts an answer together, the client is not to blame for what waits: there may be more
+    /// than a message holds, which is then the reason that is given.
+    pub(crate) fn patience_with_itself(&self) -> Patience {
+        Patience {
+            bytes: 2 * listener::MESSAGE_OUT_BYTES_MAX,
+            time: Duration::from_millis(self.deadline_ms_max),
+        }
+    }
 }
 
 impl LinkSettings {

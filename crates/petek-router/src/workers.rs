@@ -42,6 +42,13 @@ struct Known {
     freshness: Freshness,
 }
 
+impl Drop for Workers {
+    /// A router that has stopped misses nobody.
+    fn drop(&mut self) {
+        lock(&self.known).links.values().for_each(|link| link.dismiss());
+    }
+}
+
 /// The workers of one name and revision.
 pub(crate) struct Pool {
     pub(crate) name: String,

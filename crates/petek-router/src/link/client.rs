@@ -113,3 +113,59 @@ impl Dialler {
         Ok(client)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use petek_service::{Registry, RouterMetrics};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// A frame's kind and payload. *Source*: RFC 9113, section 4.1.
+    async fn frame(stream: &mut TcpStream) -> std::io::Result<(u8, Vec<u8>)> {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await?;
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        stream.read_exact(&mut payload).await?;
+        Ok((head[3], payload))
+    }
+
+    /// A worker that speaks no gRPC: it sees what the router takes, and never answers a ping.
+    #[tokio::test]
+    async fn a_worker_is_told_the_windows_and_pinged_when_idle_until_it_is_lost() {
+        const SETTINGS: u8 = 4;
+        const PING: u8 = 6;
+        const WINDOW_UPDATE: u8 = 8;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let settings = LinkSettings {
+            connect_ms_max: 60_000,
+            ping_interval_ms: 10,
+            ping_timeout_ms: 10,
+            ..LinkSettings::default()
+        };
+        let bad = RouterMetrics::new(&Registry::new()).records_bad.clone();
+        let dialler = Dialler::new(settings, ClusterToken(None), 1, bad);
+        let (client, accepted) = tokio::join!(dialler.dial_one(&address), listener.accept());
+        // As long as it is held the connection is idle, not closed.
+        let (_client, (mut stream, _)) = (client.unwrap(), accepted.unwrap());
+        let mut preface = [0; 24];
+        stream.read_exact(&mut preface).await.unwrap();
+        stream.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).await.unwrap();
+
+        let (mut settings, mut window, mut pings) = (Vec::new(), 65_535, 0);
+        while let Ok((kind, payload)) = frame(&mut stream).await {
+            let word = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().unwrap());
+            match kind {
+                SETTINGS => settings.extend(payload.chunks(6).map(|one| (one[1], word(&one[2..])))),
+                WINDOW_UPDATE => window += word(&payload),
+                PING => pings += 1,
+                _ => {}
+            }
+        }
+        assert!(settings.contains(&(4, 64 << 10)), "the window of a stream: {settings:?}");
+        assert!(settings.contains(&(6, 16 << 10)), "the header list: {settings:?}");
+        assert_eq!((window, pings), ((1 << 31) - 1, 1));
+    }
+}

@@ -346,6 +346,10 @@ impl Link {
             };
             match ended {
                 Ended::Dismissed => return self.set(Phase::Lost("its record is gone".into())),
+                Ended::Lost(why) if *dismissed.borrow() => {
+                    tracing::info!(worker = %self.entry.id, why, "a worker that was dismissed left");
+                    return self.set(Phase::Lost(why));
+                }
                 Ended::Lost(why) => {
                     tracing::warn!(worker = %self.entry.id, why, "worker lost");
                     self.set(Phase::Lost(why));

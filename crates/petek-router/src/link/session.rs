@@ -162,7 +162,10 @@ impl Session {
         if job.live.sent(job.attempt, self, dispatch) {
             return Some(dispatch);
         }
-        self.lock().open.remove(&dispatch);
+        // Workers hold the numbers to be without a gap: the next attempt gets the one that was not sent.
+        let mut dispatches = self.lock();
+        dispatches.open.remove(&dispatch);
+        dispatches.last = dispatch - 1;
         None
     }
 

@@ -25,7 +25,7 @@ use tracing::{Span, info_span};
 use uuid::Uuid;
 
 use super::intake::{Arrival, REQUEST_ID_HEADER};
-use crate::gateway::{Call, Gateway, Input, Reader, unix_s};
+use crate::gateway::{Call, Gateway, Input, Reader, Reading, unix_s};
 use crate::prepare;
 use crate::relay::Outgoing;
 use crate::workers::Served;
@@ -47,7 +47,7 @@ impl InferenceService for Inference {
         request: Request<GenerateRequest>,
     ) -> Result<Response<GenerateResponse>, Status> {
         let (metadata, arrival, request) = taken_in(request)?;
-        let begun = self.begin(generation(request.spec), &metadata, arrival).await?;
+        let begun = self.begin(generation(request.spec), Reading::Whole, &metadata, arrival).await?;
         whole(begun, |generation| GenerateResponse { generation: Some(generation) }).await
     }
 
@@ -56,13 +56,13 @@ impl InferenceService for Inference {
         request: Request<StreamGenerateRequest>,
     ) -> Result<Response<Self::StreamGenerateStream>, Status> {
         let (metadata, arrival, request) = taken_in(request)?;
-        let begun = self.begin(generation(request.spec), &metadata, arrival).await?;
+        let begun = self.begin(generation(request.spec), Reading::Streamed, &metadata, arrival).await?;
         Ok(streamed(begun, |event| StreamGenerateResponse { event: Some(event) }))
     }
 
     async fn chat(&self, request: Request<ChatRequest>) -> Result<Response<ChatResponse>, Status> {
         let (metadata, arrival, request) = taken_in(request)?;
-        let begun = self.begin(chat(request.spec), &metadata, arrival).await?;
+        let begun = self.begin(chat(request.spec), Reading::Whole, &metadata, arrival).await?;
         whole(begun, |generation| ChatResponse { generation: Some(generation) }).await
     }
 
@@ -71,7 +71,7 @@ impl InferenceService for Inference {
         request: Request<StreamChatRequest>,
     ) -> Result<Response<Self::StreamChatStream>, Status> {
         let (metadata, arrival, request) = taken_in(request)?;
-        let begun = self.begin(chat(request.spec), &metadata, arrival).await?;
+        let begun = self.begin(chat(request.spec), Reading::Streamed, &metadata, arrival).await?;
         Ok(streamed(begun, |event| StreamChatResponse { event: Some(event) }))
     }
 
@@ -151,13 +151,14 @@ impl Inference {
     async fn begin(
         &self,
         input: Result<Input, Refusal>,
+        reading: Reading,
         metadata: &MetadataMap,
         arrival: Arrival,
     ) -> Result<Begun, Status> {
         let id = RequestId(Uuid::now_v7());
         let span = request_span(id.0, metadata);
         let Arrival { at: arrived, deadline, client_request_id } = arrival;
-        let call = Call { request_id: id.0, arrived, deadline, client_request_id, span };
+        let call = Call { request_id: id.0, arrived, deadline, client_request_id, reading, span };
         match self.gateway.begin(input, call).await {
             Ok(reader) => Ok(Begun { id, reader }),
             Err(refusal) => Err(id.failed(WireRefusal::from(&refusal))),

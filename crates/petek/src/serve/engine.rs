@@ -76,6 +76,13 @@ pub(crate) fn open(dir: Option<&Path>, engine: &EngineSettings) -> Result<Served
     let format = engine.dtype.as_deref().map(crate::format_of).transpose();
     let format = format.map_err(|why| configuration(format!("settings: engine.dtype: {why}")))?;
     let vocabulary = folder.config.vocabulary;
+    if engine.context > folder.config.context {
+        let what = format!(
+            "settings: engine.context: {} is beyond the {} positions of the model",
+            engine.context, folder.config.context
+        );
+        return Err(configuration(what));
+    }
     let options = CpuOptions {
         format,
         tp: or_default(engine.tp, 1),

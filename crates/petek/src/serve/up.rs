@@ -123,6 +123,11 @@ async fn serve(config: Config<UpProcess>, once: Option<String>, shutdown: Shutdo
 
     readiness.waits_for("loading the model");
     let workers = start_workers(&settings, registry, cluster, &metrics).await?;
+    router.ready().await;
+    readiness.ready();
+    shutdown.serving();
+
+    // Whoever waits for these may ask at once.
     let addresses: Vec<String> = workers.iter().map(|(worker, _)| worker.address().to_string()).collect();
     let endpoints = BTreeMap::from([
         ("public", json!(public.to_string())),
@@ -131,10 +136,6 @@ async fn serve(config: Config<UpProcess>, once: Option<String>, shutdown: Shutdo
         ("workers", json!(addresses)),
     ]);
     write_endpoints(settings.endpoints_file.as_deref(), endpoints)?;
-    router.ready().await;
-    readiness.ready();
-    shutdown.serving();
-
     if once.is_none() {
         announce(&settings, &public.to_string(), &admin.to_string(), &ops_address.to_string());
     }

@@ -2,6 +2,24 @@
 
 mod process;
 
+mod api;
+
+mod starts;
+
+mod texts;
+
+mod sampling;
+
+mod limits;
+
+mod metrics;
+
+mod mistakes;
+
+mod floods;
+
+mod traces;
+
 mod conversations;
 
 use std::path::Path;
@@ -22,6 +40,7 @@ fn one_command_starts_a_cluster_answers_and_exits() {
     assert_eq!(ran.code, Some(0), "{}", ran.err);
     assert!(ran.out.starts_with(" of"), "the demo model was trained to go on so: {}", ran.out);
     assert!(ran.err.contains("TTFT") && ran.err.contains("tokens/s"), "{}", ran.err);
+    assert_eq!(ran.err.lines().count(), 1, "a footer and no more: {}", ran.err);
 }
 
 #[test]
