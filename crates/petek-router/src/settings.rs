@@ -31,6 +31,8 @@ pub struct RouterSettings {
     pub connection_idle_ms: u64,
     /// What the prefix index may take. Beyond it the oldest, least-hit chains are forgotten.
     pub index_bytes_max: usize,
+    /// Changes of the registry that wait for the router.
+    pub registry_queue: usize,
     /// How long a stopping server waits for clients to read their last bytes.
     pub linger_ms: u64,
     /// The connections to workers.
@@ -80,6 +82,7 @@ impl Default for RouterSettings {
             connection_age_ms: listener::AGE_S_MAX * 1_000,
             connection_idle_ms: listener::IDLE_S_MAX * 1_000,
             index_bytes_max: 512 << 20,
+            registry_queue: 256,
             linger_ms: 5_000,
             link: LinkSettings::default(),
         }
@@ -118,6 +121,7 @@ impl RouterSettings {
             ("slow_consumer_ms", self.slow_consumer_ms),
             ("deadline_ms_default", self.deadline_ms_default),
             ("tokenize_queue", self.tokenize_queue as u64),
+            ("registry_queue", self.registry_queue as u64),
             ("connection_age_ms", self.connection_age_ms),
             ("connection_idle_ms", self.connection_idle_ms),
             ("link.connect_ms_max", link.connect_ms_max),
@@ -134,6 +138,9 @@ impl RouterSettings {
         }
         if self.requests_max > REQUESTS_MAX {
             return Err(("requests_max", "it must be at most 1,000,000"));
+        }
+        if self.registry_queue > REQUESTS_MAX {
+            return Err(("registry_queue", "it must be at most 1,000,000"));
         }
         if self.deadline_ms_default > self.deadline_ms_max {
             return Err(("deadline_ms_default", "it must be at most deadline_ms_max"));

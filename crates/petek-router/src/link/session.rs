@@ -173,7 +173,9 @@ impl Session {
         let mut dispatches = self.lock();
         let Dispatches { open, to_cancel, .. } = &mut *dispatches;
         let cancels = to_cancel.drain(..).filter_map(|dispatch| {
-            let bits = std::mem::take(&mut open.get_mut(&dispatch)?.cancel);
+            // None of them would mean all of them.
+            let bits =
+                Some(std::mem::take(&mut open.get_mut(&dispatch)?.cancel)).filter(|bits| *bits != 0)?;
             let indexes = (0..u64::BITS).filter(|index| bits & 1 << index != 0).collect();
             Some(Cancel { dispatch, indexes })
         });

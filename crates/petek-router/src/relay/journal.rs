@@ -308,10 +308,14 @@ impl Journal {
         self.end(refusal, Outcome::Refused, now);
     }
 
-    /// The worker of this attempt is gone. What is complete is complete; the rest can be resumed.
+    /// The worker of this attempt is gone. What is complete is complete; the rest can be resumed. A request that it had
+    /// not begun with goes elsewhere: its client has heard nothing yet.
     pub(crate) fn lost(&mut self, attempt: u32, now: Duration) {
         if self.is_stale(attempt) {
             return;
+        }
+        if self.admitted.is_none() {
+            return self.not_sent(attempt, now);
         }
         self.close_all();
         if self.sequences.iter().all(|sequence| sequence.end.is_some()) {

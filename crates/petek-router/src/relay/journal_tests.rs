@@ -29,6 +29,12 @@ fn placement(worker: &str) -> Placement {
 
 /// Dispatched and admitted.
 fn talk(raw: RawParams) -> Talk {
+    let mut talk = dispatched(raw);
+    talk.admit();
+    talk
+}
+
+fn dispatched(raw: RawParams) -> Talk {
     let limits = ModelLimits {
         vocabulary: TOKENS.len() as u32,
         context_tokens: 64,
@@ -50,7 +56,6 @@ fn talk(raw: RawParams) -> Talk {
     let patience = Patience { bytes: 400, time: 1_000 * MS };
     let mut talk = Talk { journal: Journal::new(asked, patience).expect("good stops"), attempt: 0, at_ms: 0 };
     talk.dispatch("w1");
-    talk.admit();
     talk
 }
 
@@ -273,6 +278,19 @@ fn a_lost_worker_says_how_to_go_on() {
     assert_eq!((refusal.code, &*refusal.reason), (tonic::Code::Unavailable, "WORKER_LOST"));
     assert_eq!((refusal.number("output_tokens"), refusal.retry_ms), (Some(2), Some(0)));
     assert_eq!(talk.journal.take_effects().cancel, Vec::<u32>::new(), "there is nobody to cancel it");
+}
+
+#[test]
+fn what_a_lost_worker_had_not_begun_with_goes_elsewhere() {
+    let mut talk = dispatched(RawParams { max_tokens: Some(2), ..RawParams::default() });
+    talk.journal.lost(1, 9 * MS);
+    assert!(matches!(talk.journal.standing(), Standing::TurnedAway(why) if why.reason == "NO_WORKER"));
+    assert_eq!(talk.read().2, None, "its client hears nothing of it");
+    talk.dispatch("w2");
+    talk.admit();
+    talk.tokens(0, 0, &[0, 1]);
+    talk.finished(0, FinishReason::Length);
+    assert_eq!(finish_of(talk.read().2).moves, 0);
 }
 
 #[test]

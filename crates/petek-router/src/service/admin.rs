@@ -193,6 +193,7 @@ fn router_view(link: &Link) -> RouterView {
     let (index_seq, index_resyncs) = link.kv_progress();
     let index = lock(&link.common.index);
     let state = if index.is_synced(link.key()) { IndexState::Synced } else { IndexState::Syncing };
+    let held = index.held(link.key());
     RouterView {
         link: seen.into(),
         link_error,
@@ -200,9 +201,10 @@ fn router_view(link: &Link) -> RouterView {
         load_age_ms: load_age.map(ms),
         own_requests: link.own_requests(),
         index: state.into(),
-        index_blocks: index.held(link.key()).blocks,
+        index_blocks: held.blocks,
         index_seq,
         index_resyncs,
+        index_digest: held.digest.0.to_vec().into(),
     }
 }
 

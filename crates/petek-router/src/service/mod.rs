@@ -21,6 +21,7 @@ use petek_service::{Exit, Failure, RouterMetrics, Shutdown};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
+use tonic::server::NamedService;
 use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
 
@@ -146,14 +147,17 @@ async fn serve(gateway: Arc<Gateway>, listeners: Listeners, is_ready: watch::Sen
     let admin = AdminServiceServer::new(Admin { gateway: gateway.clone() })
         .max_decoding_message_size(limit::MESSAGE_TRANSPORT_BYTES_MAX)
         .max_encoding_message_size(limit::MESSAGE_OUT_BYTES_MAX);
+    let (inference_name, admin_name) = (name_of(&inference), name_of(&admin));
     let (inference_health, admin_health) = (HealthReporter::new(), HealthReporter::new());
     inference_health.set_not_serving::<InferenceServiceServer<Inference>>().await;
     inference_health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
     admin_health.set_serving::<AdminServiceServer<Admin>>().await;
 
     let counts = Counts::Generations(gateway.metrics.clone());
-    let public_routes = routes(&inference_health).add_service(Intake::new(inference, deadlines, counts));
-    let admin_routes = routes(&admin_health).add_service(Intake::new(admin, deadlines, Counts::Nothing));
+    let public_routes =
+        routes(&inference_health, inference_name).add_service(Intake::new(inference, deadlines, counts));
+    let admin_routes =
+        routes(&admin_health, admin_name).add_service(Intake::new(admin, deadlines, Counts::Nothing));
     let (stop, stopping) = watch::channel(false);
     let public = server::serve(listeners.public, public_routes, lifetime, stopping.clone());
     let admin = server::serve(listeners.admin, admin_routes, lifetime, stopping);
@@ -183,11 +187,19 @@ async fn serve(gateway: Arc<Gateway>, listeners: Listeners, is_ready: watch::Sen
     }
 }
 
-/// Health and reflection, which every listener has. What health shows is for whoever holds the reporter to say.
-fn routes(health: &HealthReporter) -> Routes {
+fn name_of<S: NamedService>(_: &S) -> &'static str {
+    S::NAME
+}
+
+/// Health and reflection, which every listener has: reflection lists these two and the service that stands beside them.
+/// What health shows is for whoever holds the reporter to say.
+fn routes(health: &HealthReporter, service: &str) -> Routes {
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name(service)
+        .with_service_name("grpc.health.v1.Health")
+        .with_service_name("grpc.reflection.v1.ServerReflection")
         .build_v1()
         .expect("the descriptors are those of this build");
     let health = tonic_health::pb::health_server::HealthServer::new(

@@ -85,7 +85,8 @@ async fn serve(config: Config<RouterProcess>, shutdown: Shutdown) -> Result<(), 
     readiness.waits_for("a worker");
 
     let router_metrics = Arc::new(RouterMetrics::new(&metrics));
-    let options = ViewOptions { times, wait, ..ViewOptions::new(cluster, random()?) };
+    let events_max = settings.router.registry_queue;
+    let options = ViewOptions { times, wait, events_max, ..ViewOptions::new(cluster, random()?) };
     let (feed, following) = petek_router::follow(registry, options, router_metrics.clone());
     let router =
         Service::start(settings.router, token.as_deref(), feed, listeners, router_metrics, shutdown.clone())?;

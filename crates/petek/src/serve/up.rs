@@ -116,7 +116,8 @@ async fn serve(config: Config<UpProcess>, once: Option<String>, shutdown: Shutdo
     let registry = Arc::new(MemoryRegistry::new());
     let cluster = Cluster::new("up").expect("a plain name");
     let router_metrics = Arc::new(RouterMetrics::new(&metrics));
-    let options = ViewOptions::new(cluster.clone(), random()?);
+    let events_max = settings.router.registry_queue;
+    let options = ViewOptions { events_max, ..ViewOptions::new(cluster.clone(), random()?) };
     let (feed, _following) = petek_router::follow(registry.clone(), options, router_metrics.clone());
     let router =
         Router::start(settings.router.clone(), None, feed, listeners, router_metrics, shutdown.clone())?;
