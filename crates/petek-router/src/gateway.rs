@@ -10,7 +10,7 @@ use petek_core::refusal::Refusal;
 use petek_proto::refusal::WireRefusal;
 use petek_proto::request::{ChatInput, GenerationInput, Prompt, RequestHead};
 use petek_proto::worker::v1::Submit;
-use petek_service::{RouteReason as Counted, RouterMetrics, Shutdown};
+use petek_service::{Outcome, RouteReason as Counted, RouterMetrics, Shutdown};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tracing::{Instrument, Span};
@@ -165,7 +165,7 @@ impl Gateway {
         let begun = begun.instrument(call_span.clone()).await;
         if let Err(refusal) = &begun {
             call_span.in_scope(|| tracing::debug!(reason = refusal.reason().as_str(), "request refused"));
-            self.metrics.model(&name).refused(arrived.elapsed());
+            self.metrics.model(&name).ended_at_the_door(Outcome::Refused, arrived.elapsed());
         }
         begun
     }

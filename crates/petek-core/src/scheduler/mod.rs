@@ -44,7 +44,7 @@ use std::time::Duration;
 
 use slab::Slab;
 
-pub use self::pace::Pace;
+pub use self::pace::{HALF_LIFE_S, Pace};
 pub use self::values::{Counters, Drawn, Event, FinishReason, Load, NewRequest, NewSequence, Usage};
 
 use self::queue::Queue;

@@ -1,7 +1,7 @@
 //! How fast this engine has been lately: what a cost in seconds and a hint when to try again are made of.
 
 /// After this many seconds of work a measurement counts half.
-const HALF_LIFE_S: f64 = 2.0;
+pub const HALF_LIFE_S: f64 = 2.0;
 
 /// A step with fewer rows of prefill says nothing of its rate.
 const PREFILL_ROWS_MIN: u32 = 16;

@@ -15,8 +15,8 @@ use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, Full};
 use petek_core::limits::listener::MESSAGE_IN_BYTES_MAX;
 use petek_core::refusal::{Refusal, quoted};
-use petek_proto::refusal::status;
-use petek_service::{RouterMetrics, client_request_id};
+use petek_proto::refusal::{WireRefusal, status};
+use petek_service::{Outcome, RouterMetrics, client_request_id};
 use prost::bytes::{Bytes, BytesMut};
 use tokio::time::{Instant, timeout_at};
 use tonic::Status;
@@ -46,7 +46,7 @@ pub(super) struct Deadlines {
     pub(super) max: Duration,
 }
 
-/// Which refusals made here are requests that were refused.
+/// Which calls that end here are requests that ended.
 #[derive(Clone)]
 pub(super) enum Counts {
     /// Of calls that would have generated; what for is not known yet.
@@ -56,12 +56,15 @@ pub(super) enum Counts {
 }
 
 impl Counts {
-    fn refused(&self, path: &str, after: Duration) {
+    /// Of a call that a status ended. What is not ours is the transport's: the client left before it had said all.
+    fn ended(&self, path: &str, status: &Status, after: Duration) {
         const GENERATIONS: [&str; 4] = ["Generate", "StreamGenerate", "Chat", "StreamChat"];
         let method = path.rsplit('/').next().unwrap_or_default();
         match self {
             Counts::Generations(metrics) if GENERATIONS.contains(&method) => {
-                metrics.model("").refused(after);
+                let is_ours = WireRefusal::read(status).is_some();
+                let outcome = if is_ours { Outcome::Refused } else { Outcome::Cancelled };
+                metrics.model("").ended_at_the_door(outcome, after);
             }
             Counts::Generations(_) | Counts::Nothing => {}
         }
@@ -109,7 +112,7 @@ where
             match take_in(request, deadlines).await {
                 Ok(request) => inner.call(request).await,
                 Err(refused) => {
-                    counts.refused(&path, began.elapsed());
+                    counts.ended(&path, &refused, began.elapsed());
                     Ok(refused.into_http())
                 }
             }

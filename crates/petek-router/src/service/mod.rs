@@ -113,7 +113,7 @@ impl Router {
         self.admin
     }
 
-    /// Waits until a model can be asked: from then on health says SERVING. Returns, too, when the router stops before.
+    /// Waits until a worker takes requests: from then on health says SERVING. Returns, too, when the router stops before.
     ///
     /// *Cancel safety*: may be dropped and called again at any point.
     pub async fn ready(&self) {
@@ -210,7 +210,8 @@ fn routes(health: &HealthReporter, service: &str) -> Routes {
 
 async fn first_model(gateway: &Gateway) {
     let mut changes = gateway.workers.changes();
-    while gateway.workers.served().is_empty() {
+    // A model whose every worker still says that it loads is not to be asked yet.
+    while !gateway.workers.served().iter().any(|served| served.pool.serving() > 0) {
         if changes.changed().await.is_err() {
             return;
         }

@@ -299,9 +299,9 @@ impl RouterSeries {
         }
     }
 
-    /// Counts a request that was refused so long after its arrival.
-    pub fn refused(&self, after: Duration) {
-        self.requests.of(Outcome::Refused).inc();
+    /// Counts a request that ended so long after its arrival, before it went to any worker.
+    pub fn ended_at_the_door(&self, outcome: Outcome, after: Duration) {
+        self.requests.of(outcome).inc();
         self.request_seconds.observe(after.as_secs_f64());
     }
 

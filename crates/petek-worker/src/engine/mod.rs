@@ -158,6 +158,7 @@ pub(crate) async fn start(parts: EngineParts) -> Result<(EngineHandle, EngineEnd
         metrics: parts.metrics,
         preemptions_counted: 0,
         numerical_errors: VecDeque::new(),
+        idle_since: None,
         numerical_errors_max: parts.numerical_errors_max,
         numerical_error_window: parts.numerical_error_window,
         sick,
@@ -199,6 +200,8 @@ struct Engine {
     preemptions_counted: u64,
     /// When requests broke the numbers, lately.
     numerical_errors: VecDeque<Duration>,
+    /// Since when there is nothing to compute.
+    idle_since: Option<Duration>,
     numerical_errors_max: usize,
     numerical_error_window: Duration,
     sick: Arc<Notify>,
@@ -416,6 +419,8 @@ impl Engine {
 
     /// Says how things stand.
     fn tell(&mut self) {
+        let is_idle = self.scheduler.is_idle() && self.tickets.is_empty();
+        self.idle_since = is_idle.then(|| self.idle_since.unwrap_or_else(|| (self.clock)()));
         let (load, counters, pool) =
             (self.scheduler.load(), self.scheduler.counters(), self.scheduler.pool());
         let (blocks_cached, digest) = pool.digest();
@@ -424,6 +429,7 @@ impl Engine {
             requests: self.desk.requests(),
             waiting: self.desk.waiting(),
             load,
+            idle_since: self.idle_since,
             counters,
             blocks_total: pool.blocks() as u32,
             blocks_cached: blocks_cached as u32,

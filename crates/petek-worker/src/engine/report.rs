@@ -1,7 +1,9 @@
 //! How an engine stands after a round: one value, so that its parts are of the same moment.
 
+use std::time::Duration;
+
 use petek_core::ids::Epoch;
-use petek_core::scheduler::{Counters, Load};
+use petek_core::scheduler::{Counters, HALF_LIFE_S, Load};
 use petek_proto::worker::v1::{EngineStatus, LoadReport, RouterProgress, WorkerState};
 
 /// Whether new requests are taken.
@@ -23,6 +25,8 @@ pub(crate) struct EngineReport {
     /// Requests that have not been admitted.
     pub(crate) waiting: u32,
     pub(crate) load: Load,
+    /// Since when there is nothing to compute, on the engine's clock.
+    pub(crate) idle_since: Option<Duration>,
     pub(crate) counters: Counters,
     pub(crate) blocks_total: u32,
     /// Blocks that can be found by hash.
@@ -34,8 +38,21 @@ pub(crate) struct EngineReport {
 }
 
 impl EngineReport {
-    /// As routers hear it. What was not measured yet is 0.
-    pub(crate) fn load_report(&self, worker: &str, epoch: Epoch, state: WorkerState) -> LoadReport {
+    /// As routers hear it at `now`. What was not measured yet is 0.
+    ///
+    /// An idle engine measures nothing, and soon it is no more believed in what one more sequence costs: a worker that
+    /// seemed dear because of noise would else never get the work that shows it to be cheap.
+    pub(crate) fn load_report(
+        &self,
+        worker: &str,
+        epoch: Epoch,
+        state: WorkerState,
+        now: Duration,
+    ) -> LoadReport {
+        let idle = self.idle_since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
+        let step_s = self.load.step_s.unwrap_or(0.0);
+        let slower_s = self.load.step_one_more_s.unwrap_or(0.0) - step_s;
+        let believed = 0.5f64.powf(idle.as_secs_f64() / HALF_LIFE_S);
         LoadReport {
             worker: worker.to_owned(),
             epoch: epoch.0,
@@ -45,8 +62,8 @@ impl EngineReport {
             waiting: self.waiting,
             blocks_free: self.load.blocks_free as u32,
             blocks_total: self.blocks_total,
-            step_s: self.load.step_s.unwrap_or(0.0),
-            step_one_more_s: self.load.step_one_more_s.unwrap_or(0.0),
+            step_s,
+            step_one_more_s: step_s + slower_s * believed,
             prefill_tokens_per_s: self.load.prefill_tokens_per_s.unwrap_or(0.0),
             routers: self.routers.clone(),
         }
@@ -80,6 +97,31 @@ impl EngineReport {
             weight_bytes_read: 0,
             kv_seq: self.kv_seq,
             kv_digest: self.kv_digest.to_vec().into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_idle_engine_forgets_what_one_more_sequence_costs() {
+        let load = Load { step_s: Some(0.010), step_one_more_s: Some(0.014), ..Load::default() };
+        let slower = |idle_since: Option<f64>, now: f64| {
+            let report = EngineReport {
+                load,
+                idle_since: idle_since.map(Duration::from_secs_f64),
+                ..EngineReport::default()
+            };
+            let said = report.load_report("w", Epoch(1), WorkerState::Serving, Duration::from_secs_f64(now));
+            assert_eq!(said.step_s, 0.010);
+            said.step_one_more_s - said.step_s
+        };
+        for (idle_since, now, expected) in
+            [(None, 99.0, 0.004), (Some(7.0), 7.0, 0.004), (Some(7.0), 9.0, 0.002), (Some(7.0), 11.0, 0.001)]
+        {
+            assert!((slower(idle_since, now) - expected).abs() < 1e-12, "{idle_since:?} at {now}");
         }
     }
 }

@@ -34,7 +34,8 @@ pub(super) async fn load(context: Arc<Context>, out: Out<WatchLoadResponse>) -> 
     let (mut report, mut phase) = (context.engine.report.clone(), context.phase.subscribe());
     loop {
         let state = phase.borrow_and_update().state();
-        let load = report.borrow_and_update().load_report(&context.hello.worker, context.epoch, state);
+        let now = (context.engine.clock)();
+        let load = report.borrow_and_update().load_report(&context.hello.worker, context.epoch, state, now);
         send(&out, say(LoadMessage::Report(load))).await;
         let sent = Instant::now();
         sleep_until(sent + ms(settings.load_interval_ms_min)).await;

@@ -129,7 +129,7 @@ fn bad_text_files_are_refused_by_file_and_place() {
     );
     check_folder(
         json_of("generation_config.json", |g| g["temperature"] = json!(2.5)).path(),
-        &["generation_config.json", "temperature is 2.5"],
+        &["generation_config.json", "temperature: a number from 0 to 2 is needed, not 2.5"],
     );
     // A tag that would overflow the compiler's stack, and one just within the limit: neither ends in an abort.
     let dashes = |count: usize| {
