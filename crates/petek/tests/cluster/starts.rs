@@ -1,5 +1,6 @@
 //! How processes come up: in any order, without an etcd, with the wrong word, on a port that is taken.
 
+use std::process::Command;
 use std::time::Duration;
 
 use etcd_client::{ConnectOptions, Permission, PermissionType};
@@ -7,7 +8,7 @@ use rustix::process::Signal;
 
 use crate::client::{ask, client, spec};
 use crate::server::Etcd;
-use crate::stage::{FREE, Launch, Process, Stage, demo, until};
+use crate::stage::{FREE, Launch, Process, Stage, demo, soon, until};
 
 /// Lines of a log that warn of this.
 fn warnings(process: &Process, of: &str) -> usize {
@@ -50,6 +51,30 @@ async fn any_order_of_starts_comes_to_the_same() {
             assert_eq!(warnings(process, &endpoint), expected, "{}: {order}", process.name);
         }
     }
+}
+
+/// [sglang#39016] Handlers stand before loading begins, and nothing is registered before it ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_is_ended_while_it_loads_leaves_no_record() {
+    let Some(etcd) = Etcd::shared("a_worker_that_is_ended_while_it_loads_leaves_no_record") else { return };
+    let stage = Stage::new(etcd.endpoint());
+    let model = stage.dir.path().join("model");
+    std::fs::create_dir(&model).expect("a folder");
+    for file in std::fs::read_dir(demo()).expect("the demo's folder").map(|file| file.expect("a file")) {
+        std::fs::copy(file.path(), model.join(file.file_name())).expect("copied");
+    }
+    // A pipe that nobody writes into: loading never ends.
+    let pipe = model.join("tokenizer.json");
+    std::fs::remove_file(&pipe).expect("removed");
+    assert!(Command::new("mkfifo").arg(&pipe).status().expect("start mkfifo").success());
+    let mut worker = stage.worker_of("w", &model).start();
+    // It opens for whoever writes when somebody reads.
+    let opening = tokio::task::spawn_blocking(move || std::fs::OpenOptions::new().write(true).open(pipe));
+    let _held = soon("a worker that loads", opening).await.expect("it ran").expect("the pipe");
+    assert!(stage.records().await.is_empty());
+    worker.signal(Signal::TERM);
+    let (code, said) = worker.ended().await;
+    assert_eq!((code, stage.records().await.len()), (Some(0), 0), "{said}");
 }
 
 /// The one line that a person gets, and the code.
