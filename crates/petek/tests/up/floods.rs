@@ -13,6 +13,7 @@ use super::process::Up;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
+const PING: u8 = 6;
 const GOAWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 const ENHANCE_YOUR_CALM: u32 = 11;
@@ -79,6 +80,21 @@ fn a_listener_says_its_limits() {
             assert_eq!(said, Some(expected), "{address}: {what}");
         }
         assert_eq!(connection_window, 4 << 20, "{address}");
+    }
+}
+
+/// A peer that is gone without a word costs a connection for half a minute, on every listener.
+#[test]
+fn who_answers_no_ping_is_let_go() {
+    let up = Up::start(&[]);
+    let listeners = [&up.public, &up.admin, &up.workers[0]];
+    let silent: Vec<_> = listeners.map(|address| connect(address)).into_iter().collect();
+    for (address, mut stream) in listeners.into_iter().zip(silent) {
+        let heard: Vec<u8> = std::iter::from_fn(|| read(&mut stream)).map(|frame| frame.kind).collect();
+        let pings = heard.iter().filter(|kind| **kind == PING).count();
+        // It closes the connection: nothing more would come before the read's own limit, which is an error too.
+        let mut rest = [0];
+        assert_eq!((pings, stream.read(&mut rest).ok()), (1, Some(0)), "{address}: {heard:?}");
     }
 }
 
