@@ -8,7 +8,7 @@ use petek_proto::inference::v1::{
 };
 use tonic::{Code, Request};
 
-use crate::support::{Cluster, EOS, Heard, Script, Worker, refusal, settings, spec, stream};
+use crate::support::{Cluster, EOS, Heard, Script, Worker, refusal, settings, soon, spec, stream};
 use crate::{params, plays, unary};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -180,4 +180,23 @@ async fn a_role_that_is_none_is_refused_by_name() {
     assert_eq!(why.field.unwrap().path, "spec.messages[1].role");
     let fine = ChatSpec { messages: vec![say("developer"), say("user")], ..spec };
     assert!(cluster.client().await.chat(ChatRequest { spec: Some(fine) }).await.is_ok());
+}
+
+/// SAFETY 1: what a client's transport may ask for has limits too; a connection outlives a call that asks for more.
+#[tokio::test(flavor = "multi_thread")]
+async fn compressed_requests_and_long_headers_are_refused() {
+    let workers = [Worker::start("w0", plays(&[EOS]))];
+    let cluster = Cluster::start(settings(), &workers).await;
+    let mut client = cluster.client().await;
+    let mut ask = async |name: &'static str, value: String| {
+        let mut request = Request::new(GenerateRequest { spec: Some(spec(&[8], params())) });
+        request.metadata_mut().insert(name, value.parse().unwrap());
+        soon(client.generate(request)).await.map(drop)
+    };
+    ask("x-of-the-client", "a".repeat(8 << 10)).await.expect("half the limit");
+    let long = ask("x-of-the-client", "a".repeat(20 << 10)).await.expect_err("beyond the limit");
+    assert!(long.message().contains("431"), "{long:?}");
+    let compressed = ask("grpc-encoding", "gzip".into()).await.expect_err("compression is off");
+    assert_eq!(compressed.code(), Code::Unimplemented, "{compressed:?}");
+    ask("x-of-the-client", "a".into()).await.expect("nothing broke");
 }
