@@ -118,7 +118,8 @@ impl Dialler {
 mod tests {
     use petek_service::{Registry, RouterMetrics};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::{TcpListener, TcpStream};
+    use tokio::net::{TcpListener, TcpSocket, TcpStream};
+    use tokio::time::timeout;
 
     use super::*;
 
@@ -129,6 +130,27 @@ mod tests {
         let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
         stream.read_exact(&mut payload).await?;
         Ok((head[3], payload))
+    }
+
+    /// The system itself would try for two minutes.
+    #[tokio::test]
+    async fn an_address_that_does_not_answer_is_soon_given_up() {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(1).unwrap();
+        let address = listener.local_addr().unwrap();
+        // Nobody accepts: when its queue is full it answers nobody.
+        let mut queue = Vec::new();
+        while let Ok(Ok(stream)) = timeout(Duration::from_millis(500), TcpStream::connect(address)).await {
+            queue.push(stream);
+        }
+        let settings = LinkSettings { connect_ms_max: 20, ..LinkSettings::default() };
+        let bad = RouterMetrics::new(&Registry::new()).records_bad.clone();
+        let dialler = Dialler::new(settings, ClusterToken(None), 1, bad);
+        let addresses = [address.to_string()];
+        let dialled = timeout(Duration::from_secs(60), dialler.dial(&addresses)).await;
+        let failure = dialled.expect("it is given up").expect_err("nobody is there");
+        assert!(failure.message().contains(&addresses[0]), "{failure:?}");
     }
 
     /// A worker that speaks no gRPC: it sees what the router takes, and never answers a ping.
