@@ -377,6 +377,13 @@ impl Pool {
         lock(&self.links).iter().filter(takes).count() as u32
     }
 
+    /// Whether a worker takes requests now and has said so itself.
+    pub(crate) fn is_reported_serving(&self) -> bool {
+        let now = self.common.now();
+        let says_so = |link: &Arc<Link>| link.load(now).is_some() && link.session().is_some();
+        lock(&self.links).iter().any(|link| link.state() == WorkerState::Serving && says_so(link))
+    }
+
     /// Chooses a worker that was not tried yet, and counts the request there. `random` is any 64 bits.
     pub(crate) fn place(
         &self,

@@ -210,8 +210,9 @@ fn routes(health: &HealthReporter, service: &str) -> Routes {
 
 async fn first_model(gateway: &Gateway) {
     let mut changes = gateway.workers.changes();
-    // A model whose every worker still says that it loads is not to be asked yet.
-    while !gateway.workers.served().iter().any(|served| served.pool.serving() > 0) {
+    // A model is not to be asked before one of its workers has said itself that it serves: its record may say so first,
+    // and its first word still be that it loads.
+    while !gateway.workers.served().iter().any(|served| served.pool.is_reported_serving()) {
         if changes.changed().await.is_err() {
             return;
         }
