@@ -17,9 +17,12 @@ mod trace_context;
 mod metrics;
 mod ops;
 
+mod http2;
+
 pub use config::{Config, ConfigError, Layers, Setting, Source};
 pub use escape::{Escaped, client_request_id, escape};
 pub use failure::{Exit, Failure, limit_core_dumps};
+pub use http2::{Http2Limits, Lifetime, serve_http2};
 pub use metrics::{
     Counter, Counters, Gauge, Gauges, Histogram, Label, Registry,
     list::{

@@ -1,20 +1,12 @@
 //! A worker's listener, with every limit set; the defaults are open. Streams of routers have no age and may be idle.
 
-use std::io::Cursor;
-use std::pin::pin;
-use std::time::Duration;
-
-use hyper::server::conn::http2::Builder;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use petek_core::limits::listener as limit;
 use petek_proto::FILE_DESCRIPTOR_SET;
 use petek_proto::worker::v1::worker_service_server::WorkerServiceServer;
-use tokio::io::AsyncReadExt;
-use tokio::net::{TcpListener, TcpStream};
+use petek_service::{Http2Limits, Lifetime, serve_http2};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
 use tonic::server::NamedService;
 use tonic::service::Routes;
 use tonic_health::ServingStatus;
@@ -24,10 +16,6 @@ use super::guard::{ClusterToken, Guard};
 use super::{Service, ms};
 use crate::settings::LinkSettings;
 
-/// What an HTTP/2 connection begins with. *Source*: RFC 9113, section 3.4.
-const PREFACE_BYTES: usize = 24;
-/// After an `accept` that failed: often there is no file descriptor left, and asking again at once burns a core.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes of one stream that wait in the transport; what is beyond waits in its outbox, where it merges.
 const SEND_BUFFER_BYTES: usize = 256 << 10;
 
@@ -78,74 +66,20 @@ impl Served {
         settings: LinkSettings,
         stop: watch::Receiver<bool>,
     ) -> impl Future<Output = ()> + Send + 'static {
-        serve(listener, self.guard.clone(), settings, stop)
-    }
-}
-
-async fn serve(listener: TcpListener, guard: Guard, settings: LinkSettings, stop: watch::Receiver<bool>) {
-    let mut connections = JoinSet::new();
-    let mut stopping = stop.clone();
-    loop {
-        while connections.try_join_next().is_some() {}
-        let accepted = tokio::select! {
-            accepted = listener.accept(), if connections.len() < settings.connections_max => accepted,
-            Some(_) = connections.join_next(), if connections.len() >= settings.connections_max => continue,
-            _ = stopping.wait_for(|stop| *stop) => break,
+        let limits = Http2Limits {
+            connections_max: settings.connections_max,
+            handshake_max: ms(settings.handshake_ms_max),
+            concurrent_streams_max: limit::CONCURRENT_STREAMS_MAX,
+            local_error_reset_streams_max: limit::LOCAL_ERROR_RESET_STREAMS_MAX,
+            pending_accept_reset_streams_max: limit::PENDING_ACCEPT_RESET_STREAMS_MAX,
+            header_list_bytes: limit::HEADER_LIST_BYTES,
+            stream_window_bytes: limit::STREAM_WINDOW_BYTES,
+            connection_window_bytes: limit::CONNECTION_WINDOW_BYTES,
+            send_buffer_bytes: Some(SEND_BUFFER_BYTES),
+            keep_alive_interval: ms(settings.ping_interval_ms),
+            keep_alive_timeout: ms(settings.ping_timeout_ms),
         };
-        match accepted {
-            Ok((stream, _)) => {
-                drop(connections.spawn(connection(stream, guard.clone(), settings.clone(), stop.clone())))
-            }
-            Err(error) => {
-                tracing::warn!(%error, "accept on the listener for routers");
-                sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
-    drop(listener);
-    while connections.join_next().await.is_some() {}
-}
-
-async fn connection(
-    stream: TcpStream,
-    guard: Guard,
-    settings: LinkSettings,
-    mut stop: watch::Receiver<bool>,
-) {
-    // Where the system does not know it, small answers only come later.
-    let _ = stream.set_nodelay(true);
-    let (mut from, to) = stream.into_split();
-    let mut preface = [0; PREFACE_BYTES];
-    // A scanner, or a client of another protocol: nobody needs to know.
-    let handshake = timeout(ms(settings.handshake_ms_max), from.read_exact(&mut preface));
-    let Ok(Ok(_)) = handshake.await else { return };
-    let io = tokio::io::join(Cursor::new(preface).chain(from), to);
-
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(limit::CONCURRENT_STREAMS_MAX)
-        .max_local_error_reset_streams(limit::LOCAL_ERROR_RESET_STREAMS_MAX)
-        .max_pending_accept_reset_streams(limit::PENDING_ACCEPT_RESET_STREAMS_MAX)
-        .max_header_list_size(limit::HEADER_LIST_BYTES)
-        .max_send_buf_size(SEND_BUFFER_BYTES)
-        .adaptive_window(false)
-        .initial_stream_window_size(limit::STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(limit::CONNECTION_WINDOW_BYTES)
-        .keep_alive_interval(ms(settings.ping_interval_ms))
-        .keep_alive_timeout(ms(settings.ping_timeout_ms));
-    let mut serving = pin!(builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(guard)));
-    let stopping = async {
-        let _ = stop.wait_for(|stop| *stop).await;
-    };
-    let ended = tokio::select! {
-        ended = &mut serving => ended,
-        () = stopping => {
-            serving.as_mut().graceful_shutdown();
-            serving.await
-        }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%error, "a router's connection ended");
+        let service = TowerToHyperService::new(self.guard.clone());
+        serve_http2(listener, service, limits, || Lifetime::UNBOUNDED, "routers", stop)
     }
 }
