@@ -41,6 +41,25 @@ pub struct LlamaShape {
 }
 
 impl LlamaShape {
+    /// A small one of 8 query and 2 key and value heads: 8 slices of `o` and of `down`, so that 1, 2, 4 and 8 ranks are one
+    /// numerics id.
+    pub fn eight_slices(context: usize) -> Self {
+        Self {
+            layers: 2,
+            hidden: 64,
+            intermediate: 256,
+            heads: 8,
+            kv_heads: 2,
+            head_dim: 16,
+            vocab: 304,
+            tied: false,
+            context,
+            rope_theta: 10_000.0,
+            rope_scaling: None,
+            norm_eps: 1e-5,
+        }
+    }
+
     /// The shape of Llama-3.2-1B.
     pub fn llama_1b() -> Self {
         Self {

@@ -3,8 +3,10 @@
 //! model's, with a deviation of about 2, so that the tokens drawn at temperature 1.5 depend on the last bits.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Result, ensure};
+use petek_model::folder::ModelFolder;
 use safetensors::tensor::Dtype;
 use serde_json::{Map, Value, json};
 
@@ -47,6 +49,16 @@ impl RandomModel {
             (name, LazyTensor { dtype: self.dtype, shape: dims, values })
         });
         write_weights(dir, tensors.collect())
+    }
+
+    /// Opens it, written into a folder that is gone by then: its weights stay mapped.
+    ///
+    /// # Panics
+    /// Where [`RandomModel::write`] fails, or the folder is none.
+    pub fn open(&self) -> Arc<ModelFolder> {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        self.write(dir.path()).expect("written");
+        Arc::new(ModelFolder::open(dir.path()).expect("opened"))
     }
 
     fn text(&self) -> FolderText {

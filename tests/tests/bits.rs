@@ -29,22 +29,8 @@ const CONTEXT: usize = 448;
 const MIXES: u64 = 300;
 const EACH_VALUE: usize = 30;
 
-/// 8 query heads, 2 kv heads: 8 slices of `o` and of `down`, so that 1, 2, 4 and 8 ranks are one numerics id.
 fn shape() -> LlamaShape {
-    LlamaShape {
-        layers: 2,
-        hidden: 64,
-        intermediate: 256,
-        heads: 8,
-        kv_heads: 2,
-        head_dim: 16,
-        vocab: 304,
-        tied: false,
-        context: CONTEXT,
-        rope_theta: 10_000.0,
-        rope_scaling: None,
-        norm_eps: 1e-5,
-    }
+    LlamaShape::eight_slices(CONTEXT)
 }
 
 fn folder(dtype: Dtype) -> Arc<ModelFolder> {
@@ -52,10 +38,7 @@ fn folder(dtype: Dtype) -> Arc<ModelFolder> {
 }
 
 fn folder_of(shape: LlamaShape, dtype: Dtype) -> Arc<ModelFolder> {
-    let dir = tempfile::tempdir().expect("a temporary folder");
-    RandomModel { shape, dtype, seed: 11 }.write(dir.path()).expect("written");
-    // The weights stay mapped after the folder is gone.
-    Arc::new(ModelFolder::open(dir.path()).expect("opened"))
+    RandomModel { shape, dtype, seed: 11 }.open()
 }
 
 fn group(folder: &Arc<ModelFolder>, machine: Machine, block_tokens: usize) -> RankGroup {

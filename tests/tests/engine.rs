@@ -70,29 +70,12 @@ enum Cache {
     Off,
 }
 
-/// 8 query heads, 2 kv heads: 8 slices of `o` and of `down`, so that 1, 2, 4 and 8 ranks are one numerics id.
 fn shape() -> LlamaShape {
-    LlamaShape {
-        layers: 2,
-        hidden: 64,
-        intermediate: 256,
-        heads: 8,
-        kv_heads: 2,
-        head_dim: 16,
-        vocab: 304,
-        tied: false,
-        context: CONTEXT,
-        rope_theta: 10_000.0,
-        rope_scaling: None,
-        norm_eps: 1e-5,
-    }
+    LlamaShape::eight_slices(CONTEXT)
 }
 
 fn random_folder(shape: LlamaShape, dtype: Dtype) -> Arc<ModelFolder> {
-    let dir = tempfile::tempdir().expect("a temporary folder");
-    RandomModel { shape, dtype, seed: 21 }.write(dir.path()).expect("written");
-    // The weights stay mapped after the folder is gone.
-    Arc::new(ModelFolder::open(dir.path()).expect("opened"))
+    RandomModel { shape, dtype, seed: 21 }.open()
 }
 
 fn limits() -> ModelLimits {

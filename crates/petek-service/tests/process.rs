@@ -1,6 +1,11 @@
 //! A whole process, from its first signal to its exit code (`examples/process.rs`, which `cargo test` builds
 //! beside this), and spans on their way to a collector.
 
+// Shared with packages whose own tests want it public.
+#[allow(unreachable_pub)]
+#[path = "../../../tests/otlp/collector.rs"]
+mod collector;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -8,16 +13,8 @@ use std::sync::mpsc as std_mpsc;
 use std::time::Duration;
 
 use http::HeaderMap;
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
-    TraceService, TraceServiceServer,
-};
-use opentelemetry_proto::tonic::collector::trace::v1::{
-    ExportTraceServiceRequest, ExportTraceServiceResponse,
-};
 use petek_service::{Telemetry, TelemetrySettings, extract, inject, set_parent, traceparent};
 use rustix::process::{Pid, Signal, kill_process};
-use tokio::sync::mpsc;
-use tonic::{Request, Response, Status};
 
 /// Above any delay of a loaded machine. Only a test that fails waits for it.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -158,27 +155,9 @@ fn mistakes_are_one_line_and_a_code() {
     assert!(said.contains(&address), "{said}");
 }
 
-/// A collector that hands on what it is sent.
-struct Collector(mpsc::Sender<ExportTraceServiceRequest>);
-
-#[tonic::async_trait]
-impl TraceService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        self.0.send(request.into_inner()).await.map_err(|_| Status::unavailable("the test is over"))?;
-        Ok(Response::new(ExportTraceServiceResponse::default()))
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn spans_of_one_request_are_one_trace() {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let endpoint = format!("http://{}", listener.local_addr().unwrap());
-    let (send, mut receive) = mpsc::channel(16);
-    let server = tonic::transport::Server::builder().add_service(TraceServiceServer::new(Collector(send)));
-    tokio::spawn(server.serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener)));
+    let (endpoint, mut receive) = collector::collect().await;
 
     let settings = TelemetrySettings { otlp_endpoint: Some(endpoint), ..TelemetrySettings::default() };
     let telemetry = Telemetry::start(&settings, "petek-router", "r1").unwrap();

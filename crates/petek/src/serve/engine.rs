@@ -113,7 +113,7 @@ impl Served {
         share: Share,
     ) -> Result<WorkerParts, Failure> {
         let scheduler = self.scheduler(engine, share)?;
-        let context_tokens = self.context_in(&scheduler)?;
+        let context_tokens = self.context_in(&scheduler);
         if context_tokens < self.limits.context_tokens {
             tracing::warn!(
                 worker = id,
@@ -235,9 +235,9 @@ impl Served {
     }
 
     /// The context that one sequence can have in the whole pool.
-    fn context_in(&self, scheduler: &SchedulerConfig) -> Result<u32, Failure> {
+    fn context_in(&self, scheduler: &SchedulerConfig) -> u32 {
         let held = u64::from(scheduler.blocks) * u64::from(scheduler.block_size);
-        Ok(self.limits.context_tokens.min(u32::try_from(held).unwrap_or(u32::MAX)))
+        self.limits.context_tokens.min(u32::try_from(held).unwrap_or(u32::MAX))
     }
 
     /// About what the packed weights take.
@@ -335,9 +335,9 @@ mod tests {
         let block = demo.model.block_bytes(32) as u64;
         let of = |kv_bytes| demo.scheduler(&settings, Share { kv_bytes, ..SHARE });
         let small = of(3 * block + 1).unwrap();
-        assert_eq!((small.blocks, small.slots, demo.context_in(&small).unwrap()), (3, 3, 96));
+        assert_eq!((small.blocks, small.slots, demo.context_in(&small)), (3, 3, 96));
         let large = of(u64::MAX).unwrap();
-        assert_eq!((large.blocks, demo.context_in(&large).unwrap()), (64 * 1024 / 32, 1024));
+        assert_eq!((large.blocks, demo.context_in(&large)), (64 * 1024 / 32, 1024));
         assert_eq!(of(block - 1).unwrap_err().exit(), Exit::Configuration);
         assert_eq!(demo.context_bytes(&settings), 32 * block);
     }

@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::process::{address_of, check_reach, etcd, listen, random, runtime, secret, write_endpoints};
-use super::settings::{ClusterFlags, Common, ProcessFlags, RouterProcess, read};
+use super::settings::{ClusterFlags, Common, ProcessFlags, RouterProcess, configured};
 
 /// Takes requests of clients and spreads them over the workers of a cluster
 #[derive(Args, Debug)]
@@ -45,13 +45,10 @@ impl Router {
     /// What a person can mend.
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let shutdown = Shutdown::install()?;
-        let config: Config<RouterProcess> =
-            read(&self.flags, &self.common, &["cluster_token", "etcd.password"])?;
-        if self.common.print_config {
-            crate::print_part(&config.print());
-            return Ok(());
+        match configured(&self.flags, &self.common, &["cluster_token", "etcd.password"])? {
+            Some(config) => runtime()?.block_on(serve(config, shutdown)),
+            None => Ok(()),
         }
-        runtime()?.block_on(serve(config, shutdown))
     }
 }
 

@@ -324,7 +324,7 @@ pub(crate) struct Common {
     config: Option<PathBuf>,
     /// Print every setting with its value and where it came from, and exit
     #[arg(long)]
-    pub(crate) print_config: bool,
+    print_config: bool,
 }
 
 /// Flags of a process that is one of a cluster.
@@ -369,11 +369,28 @@ struct EtcdFlags {
     wait_s: Option<u64>,
 }
 
+/// A process's settings; none where they were only to be shown.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn configured<T: Default + Serialize + DeserializeOwned>(
+    flags: &impl Serialize,
+    common: &Common,
+    secrets: &[&'static str],
+) -> Result<Option<Config<T>>, Failure> {
+    let config = read(flags, common, secrets)?;
+    if common.print_config {
+        crate::print_part(&config.print());
+        return Ok(None);
+    }
+    Ok(Some(config))
+}
+
 /// Puts the layers together: defaults, file, environment, flags.
 ///
 /// # Errors
 /// A key that nobody knows or a value that does not fit, with where it stands.
-pub(crate) fn read<T: Default + Serialize + DeserializeOwned>(
+fn read<T: Default + Serialize + DeserializeOwned>(
     flags: &impl Serialize,
     common: &Common,
     secrets: &[&'static str],

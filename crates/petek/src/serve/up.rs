@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 
 use super::engine::{self, Share};
 use super::process::{address_of, check_reach, listen, random, runtime, write_endpoints};
-use super::settings::{Common, EngineFlags, ProcessFlags, UpProcess, or_default, read};
+use super::settings::{Common, EngineFlags, ProcessFlags, UpProcess, configured, or_default};
 use crate::generate::Generate;
 use crate::ports;
 
@@ -81,12 +81,10 @@ impl Up {
                 address.get_or_insert(ANYWHERE.into());
             }
         }
-        let config: Config<UpProcess> = read(&flags, &self.common, &[])?;
-        if self.common.print_config {
-            crate::print_part(&config.print());
-            return Ok(());
+        match configured(&flags, &self.common, &[])? {
+            Some(config) => runtime()?.block_on(serve(config, self.once.clone(), shutdown)),
+            None => Ok(()),
         }
-        runtime()?.block_on(serve(config, self.once.clone(), shutdown))
     }
 }
 

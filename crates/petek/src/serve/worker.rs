@@ -14,7 +14,9 @@ use serde_json::json;
 
 use super::engine::{self, Share};
 use super::process::{address_of, check_reach, etcd, listen, runtime, secret, write_endpoints};
-use super::settings::{ClusterFlags, Common, EngineFlags, ProcessFlags, WorkerProcess, or_default, read};
+use super::settings::{
+    ClusterFlags, Common, EngineFlags, ProcessFlags, WorkerProcess, configured, or_default,
+};
 
 /// The share of the free memory that the KV cache gets where nothing is said.
 const KV_SHARE_DEFAULT: f64 = 0.25;
@@ -59,13 +61,10 @@ impl Worker {
     /// What a person can mend, before it serves; what broke, after.
     pub(crate) fn run(&self) -> Result<(), Failure> {
         let shutdown = Shutdown::install()?;
-        let config: Config<WorkerProcess> =
-            read(&self.flags, &self.common, &["cluster_token", "etcd.password"])?;
-        if self.common.print_config {
-            crate::print_part(&config.print());
-            return Ok(());
+        match configured(&self.flags, &self.common, &["cluster_token", "etcd.password"])? {
+            Some(config) => runtime()?.block_on(serve(config, shutdown)),
+            None => Ok(()),
         }
-        runtime()?.block_on(serve(config, shutdown))
     }
 }
 

@@ -24,3 +24,8 @@ mod apart;
 #[allow(unreachable_pub)]
 #[path = "../../../../tests/etcd/server.rs"]
 mod server;
+
+// Shared with packages whose own tests want it public.
+#[allow(unreachable_pub)]
+#[path = "../../../../tests/otlp/collector.rs"]
+mod collector;

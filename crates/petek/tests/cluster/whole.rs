@@ -1,16 +1,9 @@
 //! Two routers on the same workers: the same bytes whoever computes them, the same picture of the caches, and every
 //! service answers.
 
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
-    TraceService, TraceServiceServer,
-};
-use opentelemetry_proto::tonic::collector::trace::v1::{
-    ExportTraceServiceRequest, ExportTraceServiceResponse,
-};
 use petek_proto::inference::v1::{GenerationSpec, RequestOptions, StreamGenerateRequest};
 use rustix::process::Signal;
-use tokio::sync::mpsc;
-use tonic::{Request, Response, Status};
+use tonic::Request;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_reflection::pb::v1::ServerReflectionRequest;
@@ -19,6 +12,7 @@ use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
 use crate::client::{Bytes, Client, Running, ask, client, load, read, spec};
+use crate::collector::collect;
 use crate::server::Etcd;
 use crate::stage::{Process, Stage, soon, until};
 
@@ -166,28 +160,10 @@ const WORKER_METRICS: [&str; 8] = [
     "petek_worker_blocks{model=\"demo\",state=\"free\",",
 ];
 
-/// A collector that hands on what it is sent.
-struct Collector(mpsc::UnboundedSender<ExportTraceServiceRequest>);
-
-#[tonic::async_trait]
-impl TraceService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        self.0.send(request.into_inner()).map_err(|_| Status::unavailable("the test is over"))?;
-        Ok(Response::new(ExportTraceServiceResponse::default()))
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn every_service_answers_in_mid_load_and_a_trace_goes_all_the_way() {
     let Some(etcd) = Etcd::shared("every_service_answers_in_mid_load") else { return };
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let collector = format!("http://{}", listener.local_addr().expect("it listens"));
-    let (send, mut exported) = mpsc::unbounded_channel();
-    let server = tonic::transport::Server::builder().add_service(TraceServiceServer::new(Collector(send)));
-    tokio::spawn(server.serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener)));
+    let (collector, mut exported) = collect().await;
 
     let stage = Stage::new(etcd.endpoint());
     let otlp = format!("--otlp {collector}");
@@ -251,7 +227,10 @@ async fn every_service_answers_in_mid_load_and_a_trace_goes_all_the_way() {
         of_trace.partition(|(process, _)| process.contains("petek-router"));
     let [(_, router)] = of_router[..] else { panic!("{of_router:?}") };
     assert_eq!(hex(&router.parent_span_id), "00f067aa0ba902b7");
-    let [(process, worker)] = &of_worker[..] else { panic!("{of_worker:?}") };
+    let [(process, worker)] = &of_worker[..] else {
+        let seen = spans.iter().map(|(process, span)| (process, &span.name, hex(&span.trace_id)));
+        panic!("{of_worker:?} of {:#?}", seen.collect::<Vec<_>>())
+    };
     assert!(process.contains("petek-worker"), "{process}");
     assert_eq!(worker.parent_span_id, router.span_id);
 }

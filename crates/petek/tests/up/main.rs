@@ -22,17 +22,16 @@ mod traces;
 
 mod conversations;
 
+// Shared with packages whose own tests want it public.
+#[allow(unreachable_pub)]
+#[path = "../../../../tests/otlp/collector.rs"]
+mod collector;
+
 use std::path::Path;
 use std::process::Command;
 
+use petek_tests::house;
 use process::{Up, run};
-
-/// On CI nothing may be skipped; elsewhere a test that cannot run says so.
-fn skip(test: &str, wanting: &str) {
-    let is_ci = std::env::var("CI").is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"));
-    assert!(!is_ci, "{test}: on CI nothing may be skipped, but {wanting} is missing");
-    eprintln!("SKIPPED: {test}, for want of {wanting}");
-}
 
 #[test]
 fn one_command_starts_a_cluster_answers_and_exits() {
@@ -92,7 +91,7 @@ fn python_drives_the_api() {
     };
     let imports = "import grpc_tools.protoc, google.rpc.error_details_pb2";
     if !python().args(["-c", imports]).output().is_ok_and(|output| output.status.success()) {
-        return skip("python_drives_the_api", "grpcio (`cargo xtask test` gets it)");
+        return house::skip("python_drives_the_api", "grpcio (`cargo xtask test` gets it)");
     }
     let up = Up::start(&[]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/python/drive.py");

@@ -2,41 +2,16 @@
 
 use std::time::Duration;
 
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
-    TraceService, TraceServiceServer,
-};
-use opentelemetry_proto::tonic::collector::trace::v1::{
-    ExportTraceServiceRequest, ExportTraceServiceResponse,
-};
 use petek_proto::inference::v1::GenerateRequest;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::{Request, Response, Status};
+use tonic::Request;
 
 use super::api::{Client, greedy, text_spec};
+use super::collector::collect;
 use super::process::Up;
-
-/// A collector that hands on what it is sent.
-struct Collector(mpsc::Sender<ExportTraceServiceRequest>);
-
-#[tonic::async_trait]
-impl TraceService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        self.0.send(request.into_inner()).await.map_err(|_| Status::unavailable("the test is over"))?;
-        Ok(Response::new(ExportTraceServiceResponse::default()))
-    }
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_is_one_trace_through_router_and_worker() {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let endpoint = format!("http://{}", listener.local_addr().expect("its address"));
-    let (send, mut receive) = mpsc::channel(16);
-    let server = tonic::transport::Server::builder().add_service(TraceServiceServer::new(Collector(send)));
-    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    let (endpoint, mut receive) = collect().await;
 
     let up = Up::start(&["--log-otlp-endpoint", &endpoint]);
     let client = Client::of(&up).await;
